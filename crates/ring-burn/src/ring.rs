@@ -1,0 +1,204 @@
+//! A rank's place in the group, and what it owns: [`Ring`].
+
+use std::{
+    num::NonZero,
+    sync::{Arc, Mutex, PoisonError},
+    thread::available_parallelism,
+};
+
+use ring_comm::{Communicator, buffer::HostBuffer};
+use ring_core::{AttentionSpec, Plan, Sharding, Span};
+use ring_kernels::CpuKernels;
+
+use crate::error::RingError;
+
+/// Plans kept for reuse.
+const CACHED_PLANS: usize = 32;
+
+/// What a sequence-parallel module needs to know beside its inputs: the group, how sequences are sharded over it, how long the
+/// sequence at hand is. Cheap to clone.
+///
+/// ```
+/// use ring_burn::{Ring, Sharding};
+/// let ring = Ring::single(4096)?;
+/// assert_eq!((ring.rank(), ring.world_size(), ring.shard_len()), (0, 1, 4096));
+/// # Ok::<(), ring_burn::RingError>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Ring {
+    communicator: Communicator<HostBuffer>,
+    kernels: CpuKernels,
+    query_sharding: Sharding,
+    key_sharding: Sharding,
+    query_length: usize,
+    key_length: usize,
+    seed: u64,
+    plans: Arc<Mutex<Vec<Arc<Plan>>>>,
+}
+
+impl Ring {
+    /// This rank's place in a group, for self-attention over `sequence_length` positions.
+    ///
+    /// The kernels get this process's cores divided by the number of ranks, at least one thread; see
+    /// [`with_threads`](Self::with_threads).
+    ///
+    /// # Errors
+    /// [`RingError::Kernel`] if threads cannot be started.
+    pub fn new(
+        communicator: Communicator<HostBuffer>,
+        sharding: Sharding,
+        sequence_length: usize,
+    ) -> Result<Self, RingError> {
+        let cores = available_parallelism().map_or(1, NonZero::get);
+        let threads = (cores / communicator.world_size()).max(1);
+        Ok(Self {
+            communicator,
+            kernels: CpuKernels::new(threads)?,
+            query_sharding: sharding,
+            key_sharding: sharding,
+            query_length: sequence_length,
+            key_length: sequence_length,
+            seed: 0,
+            plans: Arc::default(),
+        })
+    }
+
+    /// A group of one: no communication, attention is a trainable flash attention.
+    ///
+    /// # Errors
+    /// [`RingError::Kernel`] if threads cannot be started.
+    pub fn single(sequence_length: usize) -> Result<Self, RingError> {
+        Self::new(
+            Communicator::single(),
+            Sharding::Contiguous,
+            sequence_length,
+        )
+    }
+
+    /// The same place with another number of kernel threads for this rank.
+    ///
+    /// # Errors
+    /// [`RingError::Kernel`] for zero threads, or if they cannot be started.
+    pub fn with_threads(self, threads: usize) -> Result<Self, RingError> {
+        Ok(Self {
+            kernels: CpuKernels::new(threads)?,
+            ..self
+        })
+    }
+
+    /// The same place, for sequences of another length.
+    #[must_use]
+    pub fn with_sequence_length(self, sequence_length: usize) -> Self {
+        Self {
+            query_length: sequence_length,
+            key_length: sequence_length,
+            ..self
+        }
+    }
+
+    /// The same place, with keys and values of another sharding and length than the queries (cross-attention).
+    #[must_use]
+    pub fn with_keys(self, sharding: Sharding, length: usize) -> Self {
+        Self {
+            key_sharding: sharding,
+            key_length: length,
+            ..self
+        }
+    }
+
+    /// The same place, with another seed for dropout. Give every training step its own seed, the same on all ranks: dropout
+    /// depends on it and on global positions, never on the number of ranks.
+    #[must_use]
+    pub fn with_seed(self, seed: u64) -> Self {
+        Self { seed, ..self }
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> usize {
+        self.communicator.rank()
+    }
+
+    /// Number of ranks.
+    pub fn world_size(&self) -> usize {
+        self.communicator.world_size()
+    }
+
+    /// The group.
+    pub fn communicator(&self) -> &Communicator<HostBuffer> {
+        &self.communicator
+    }
+
+    /// The kernels of this rank.
+    pub fn kernels(&self) -> &CpuKernels {
+        &self.kernels
+    }
+
+    /// How sequences are dealt out.
+    pub fn sharding(&self) -> Sharding {
+        self.query_sharding
+    }
+
+    /// Length of the whole sequence.
+    pub fn sequence_length(&self) -> usize {
+        self.query_length
+    }
+
+    /// Length of the whole sequence of keys; that of the queries but in cross-attention.
+    pub fn key_length(&self) -> usize {
+        self.key_length
+    }
+
+    /// The seed for dropout.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// The spans of positions that this rank owns, ascending.
+    pub fn spans(&self) -> Vec<Span> {
+        self.query_sharding
+            .spans(self.query_length, self.world_size(), self.rank())
+    }
+
+    /// The positions that this rank owns, ascending: row `i` of its tensors stands at the `i`-th.
+    pub fn positions(&self) -> Vec<usize> {
+        self.spans()
+            .iter()
+            .flat_map(|span| span.start..span.end)
+            .collect()
+    }
+
+    /// Number of positions that this rank owns.
+    pub fn shard_len(&self) -> usize {
+        self.spans().iter().map(Span::len).sum()
+    }
+
+    /// Number of keys that this rank owns.
+    pub fn key_shard_len(&self) -> usize {
+        self.key_sharding
+            .shard_len(self.key_length, self.world_size(), self.rank())
+    }
+
+    /// A computation over this group.
+    pub(crate) fn spec(&self, base: AttentionSpec) -> Result<AttentionSpec, RingError> {
+        Ok(base
+            .with_lengths(self.query_length, self.key_length)?
+            .sharded(self.query_sharding, self.world_size())?
+            .with_key_sharding(self.key_sharding))
+    }
+
+    /// This rank's plan for a computation; made once, then reused.
+    pub(crate) fn plan(&self, spec: &AttentionSpec) -> Result<Arc<Plan>, RingError> {
+        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(index) = plans.iter().position(|plan| plan.spec() == spec) {
+            let plan = plans.remove(index);
+            plans.push(Arc::clone(&plan));
+            return Ok(plan);
+        }
+        let plan = Arc::new(Plan::new(spec, self.rank())?);
+        if plans.len() == CACHED_PLANS {
+            plans.remove(0);
+        }
+        plans.push(Arc::clone(&plan));
+        Ok(plan)
+    }
+}

@@ -1,0 +1,181 @@
+//! Errors that say who, with whom, about what, and why.
+
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::{
+    buffer::DType,
+    transport::{Rank, Tag},
+};
+
+/// A failed communication, seen from one rank.
+///
+/// `Clone`, because the error that poisons a group is returned to every rank and from every later call.
+#[derive(Clone, Debug, PartialEq, Error)]
+#[error("rank {rank}{}{}: {kind}", context("peer", .peer), context("message", .tag))]
+pub struct CommError {
+    /// The rank that reports the error.
+    pub rank: Rank,
+    /// The other end, if there is one.
+    pub peer: Option<Rank>,
+    /// The message concerned, if there is one.
+    pub tag: Option<Tag>,
+    /// What went wrong.
+    pub kind: CommErrorKind,
+}
+
+fn context<T: std::fmt::Display>(name: &str, value: &Option<T>) -> String {
+    value
+        .as_ref()
+        .map(|value| format!(", {name} {value}"))
+        .unwrap_or_default()
+}
+
+/// What went wrong in a communication.
+#[derive(Clone, Debug, PartialEq, Error)]
+pub enum CommErrorKind {
+    /// The peer did not answer in time.
+    #[error("nothing within the deadline of {deadline:?}{}", sent_instead(.pending))]
+    Deadline {
+        /// The time waited.
+        deadline: Duration,
+        /// What that peer has sent instead and nobody took: the sign of ranks that are out of step.
+        pending: Vec<Tag>,
+    },
+    /// The message has another size or element type than expected.
+    #[error("expected {expected_len} elements of {expected_dtype}, got {got_len} of {got_dtype}")]
+    SizeMismatch {
+        /// Number of elements expected.
+        expected_len: usize,
+        /// Element type expected.
+        expected_dtype: DType,
+        /// Number of elements sent.
+        got_len: usize,
+        /// Element type sent.
+        got_dtype: DType,
+    },
+    /// The peer dropped its endpoint while something was still expected of it.
+    #[error("the peer has left the group")]
+    Departed,
+    /// A rank panicked.
+    #[error("rank {culprit} panicked")]
+    Panicked {
+        /// The rank that panicked.
+        culprit: Rank,
+    },
+    /// A rank called `abort`.
+    #[error("rank {culprit} aborted: {reason}")]
+    Aborted {
+        /// The rank that aborted.
+        culprit: Rank,
+        /// Why.
+        reason: String,
+    },
+    /// A request was dropped before it was complete.
+    #[error("rank {culprit} dropped an unfinished request")]
+    RequestDropped {
+        /// The rank that dropped it.
+        culprit: Rank,
+    },
+    /// Another rank failed first; this is its error.
+    #[error("the group failed at {0}")]
+    Poisoned(Box<CommError>),
+    /// The ranks do not agree on what they are about to do.
+    #[error("{0}")]
+    Disagreement(Box<Disagreement>),
+    /// The request names a rank that does not exist, or this rank itself.
+    #[error("rank {0} is not a valid peer")]
+    InvalidPeer(Rank),
+}
+
+/// What ranks disagree on.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("rank {culprit} has {field} = {theirs}, rank 0 has {ours}")]
+pub struct Disagreement {
+    /// The first rank that differs from rank 0.
+    pub culprit: Rank,
+    /// The field in which it differs.
+    pub field: String,
+    /// Its value there.
+    pub theirs: String,
+    /// The value on rank 0.
+    pub ours: String,
+}
+
+fn sent_instead(tags: &[Tag]) -> String {
+    if tags.is_empty() {
+        return String::new();
+    }
+    let tags: Vec<String> = tags.iter().map(Tag::to_string).collect();
+    format!("; it has sent instead: {}", tags.join(", "))
+}
+
+impl CommError {
+    /// The original error: what poisoned the group if this rank only heard of it, otherwise this error itself.
+    pub fn root(&self) -> &CommError {
+        match &self.kind {
+            CommErrorKind::Poisoned(cause) => cause.root(),
+            _ => self,
+        }
+    }
+
+    /// The rank where the trouble started: the one to look at first.
+    pub fn culprit(&self) -> Rank {
+        match &self.kind {
+            CommErrorKind::Panicked { culprit }
+            | CommErrorKind::Aborted { culprit, .. }
+            | CommErrorKind::RequestDropped { culprit } => *culprit,
+            CommErrorKind::Disagreement(disagreement) => disagreement.culprit,
+            CommErrorKind::Poisoned(cause) => cause.culprit(),
+            CommErrorKind::Deadline { .. }
+            | CommErrorKind::Departed
+            | CommErrorKind::SizeMismatch { .. } => self.peer.unwrap_or(self.rank),
+            CommErrorKind::InvalidPeer(_) => self.rank,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transport::Payload;
+
+    fn deadline_error() -> CommError {
+        let tag = |step| Tag {
+            operation: 4,
+            step,
+            payload: Payload::KeyValue,
+        };
+        CommError {
+            rank: 1,
+            peer: Some(2),
+            tag: Some(tag(0)),
+            kind: CommErrorKind::Deadline {
+                deadline: Duration::from_secs(3),
+                pending: vec![tag(1), tag(2)],
+            },
+        }
+    }
+
+    #[test]
+    fn message_tells_who_with_whom_about_what_and_why() {
+        assert_eq!(
+            deadline_error().to_string(),
+            "rank 1, peer 2, message KeyValue of operation 4 step 0: nothing within the deadline of 3s; \
+             it has sent instead: KeyValue of operation 4 step 1, KeyValue of operation 4 step 2"
+        );
+    }
+
+    #[test]
+    fn root_and_culprit_look_through_poison() {
+        let heard = CommError {
+            rank: 0,
+            peer: None,
+            tag: None,
+            kind: CommErrorKind::Poisoned(Box::new(deadline_error())),
+        };
+        assert_eq!(heard.root(), &deadline_error());
+        assert_eq!(heard.culprit(), 2);
+    }
+}

@@ -1,0 +1,74 @@
+//! How the ranks of a sequence-parallel group exchange buffers.
+//!
+//! A long sequence is spread over several workers, each of which owns a part. To compute attention they must see one
+//! another's keys and values: this crate moves them. It knows nothing of attention; it promises that a message arrives
+//! whole, once and in order, or that **every** worker is told in time who failed at what. The rules are at the head of the
+//! module of [`Transport`], and [`conformance`] tests a backend against them.
+//!
+//! - [`buffer`]: the memory that travels;
+//! - [`Transport`]: one rank's endpoint, the seam between backends and users;
+//! - [`Loopback`]: the backend in which ranks are threads of one process;
+//! - [`Communicator`]: a transport with the numbering of operations and the check that all ranks plan the same;
+//! - [`collective`]: sums over ranks in a fixed order;
+//! - [`CommError`]: who failed, with whom, about which message, and why.
+//!
+//! # Glossary
+//!
+//! - **Rank**: one worker of a group, by its number `0..world size`.
+//! - **World size**: the number of ranks in the group.
+//! - **Operation**: something all ranks do together (one forward pass, one backward pass, one sum); numbered, the same on
+//!   every rank.
+//! - **Step**: a part of an operation; numbered within it.
+//! - **Tag**: operation, step and kind of payload; together with the two ranks it identifies a message.
+//! - **Taken**: of a message, matched by a receive that its destination has posted.
+//! - **Departed**: of a rank, ended in peace; what it has sent can still be received.
+//! - **Poison**: the first error of a group, which ends all communication in it and is what every rank gets to see.
+//!
+//! # Example
+//!
+//! Two ranks exchange a buffer each, then sum a number:
+//!
+//! ```
+//! use std::{sync::Arc, time::Duration};
+//!
+//! use ring_comm::{
+//!     CommError, Communicator, Expected, Loopback, LoopbackEndpoint, Payload, Tag,
+//!     buffer::{DType, HostBuffer},
+//!     collective::all_reduce_sum_f64,
+//! };
+//!
+//! fn swap(endpoint: LoopbackEndpoint<HostBuffer>) -> Result<(HostBuffer, f64), CommError> {
+//!     let communicator = Communicator::new(Arc::new(endpoint));
+//!     let tag = Tag { operation: communicator.next_operation(), step: 0, payload: Payload::KeyValue };
+//!     let peer = 1 - communicator.rank();
+//!
+//!     // Post the receive, then the send, then do something useful, then wait.
+//!     let expected = Expected { dtype: DType::F32, len: 1 };
+//!     let receive = communicator.transport().irecv(peer, tag, expected)?;
+//!     let own = HostBuffer::F32(vec![communicator.rank() as f32]);
+//!     let send = communicator.transport().isend(peer, tag, own)?;
+//!     let received = receive.wait()?;
+//!     send.wait()?;
+//!
+//!     let sum = all_reduce_sum_f64(&communicator, &[1.5])?;
+//!     Ok((received, sum[0]))
+//! }
+//!
+//! let results = Loopback::run(2, Duration::from_secs(10), swap);
+//! assert_eq!(results[0], Ok(Ok((HostBuffer::F32(vec![1.0]), 3.0))));
+//! assert_eq!(results[1], Ok(Ok((HostBuffer::F32(vec![0.0]), 3.0))));
+//! ```
+
+mod agreement;
+pub mod buffer;
+pub mod collective;
+mod communicator;
+pub mod conformance;
+mod error;
+mod loopback;
+mod transport;
+
+pub use communicator::{Communicator, REMEMBERED_AGREEMENTS};
+pub use error::{CommError, CommErrorKind, Disagreement};
+pub use loopback::{Loopback, LoopbackEndpoint, RankPanic};
+pub use transport::*;

@@ -1,0 +1,226 @@
+//! One rank's end of a loopback group, and its requests.
+//!
+//! An endpoint is its rank's membership: dropping it means the rank has departed, or has panicked. Requests keep only the
+//! group alive, so they can be finished after the endpoint is gone.
+
+use std::{sync::Arc, thread, time::Duration};
+
+use super::{
+    channel::Ticket,
+    group::{Attempt, Group, Subject, gather_tag},
+};
+use crate::{
+    buffer::Buffer,
+    error::{CommError, CommErrorKind},
+    transport::{
+        Expected, PendingRecv, PendingSend, Rank, RecvRequest, SendRequest, Tag, Traffic, Transport,
+    },
+};
+
+/// One rank of a [`Loopback`](super::Loopback) group.
+#[derive(Debug)]
+pub struct LoopbackEndpoint<B: Buffer> {
+    membership: Membership<B>,
+}
+
+/// Ends a rank's part in the group when dropped, in the way the thread ends.
+#[derive(Debug)]
+pub(super) struct Membership<B: Buffer> {
+    group: Arc<Group<B>>,
+    rank: Rank,
+}
+
+impl<B: Buffer> Drop for Membership<B> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.group.poison(panicked(self.rank));
+        } else {
+            self.group.depart(self.rank);
+        }
+    }
+}
+
+impl<B: Buffer> LoopbackEndpoint<B> {
+    pub(super) fn new(group: Arc<Group<B>>, rank: Rank) -> Self {
+        Self {
+            membership: Membership { group, rank },
+        }
+    }
+
+    /// A second membership of the same rank; the first to be dropped ends the rank's part.
+    pub(super) fn membership(&self) -> Membership<B> {
+        Membership {
+            group: Arc::clone(self.group()),
+            rank: self.rank(),
+        }
+    }
+
+    fn group(&self) -> &Arc<Group<B>> {
+        &self.membership.group
+    }
+
+    fn subject(&self, peer: Rank, tag: Tag) -> Result<Subject, CommError> {
+        let subject = Subject {
+            rank: self.rank(),
+            peer: Some(peer),
+            tag,
+        };
+        if peer == self.rank() || peer >= self.world_size() {
+            return Err(subject.error(CommErrorKind::InvalidPeer(peer)));
+        }
+        Ok(subject)
+    }
+
+    fn request(&self, subject: Subject, peer: Rank, ticket: Ticket) -> Request<B> {
+        Request {
+            group: Arc::clone(self.group()),
+            subject,
+            peer,
+            ticket,
+            is_finished: false,
+        }
+    }
+}
+
+impl<B: Buffer> Transport<B> for LoopbackEndpoint<B> {
+    fn rank(&self) -> Rank {
+        self.membership.rank
+    }
+
+    fn world_size(&self) -> usize {
+        self.group().world_size()
+    }
+
+    fn deadline(&self) -> Duration {
+        self.group().deadline()
+    }
+
+    fn isend(&self, peer: Rank, tag: Tag, buffer: B) -> Result<SendRequest<B>, CommError> {
+        let rank = self.rank();
+        let subject = self.subject(peer, tag)?;
+        let mut buffer = Some(buffer);
+        let ticket = self.group().complete(subject, |state| {
+            match buffer.take_if(|_| state.can_send(rank, peer)) {
+                Some(buffer) => Attempt::Done(state.send(rank, peer, tag, buffer)),
+                None => Attempt::Blocked(peer),
+            }
+        })?;
+        Ok(SendRequest::new(LoopbackSend(
+            self.request(subject, peer, ticket),
+        )))
+    }
+
+    fn irecv(&self, peer: Rank, tag: Tag, expected: Expected) -> Result<RecvRequest<B>, CommError> {
+        let rank = self.rank();
+        let subject = self.subject(peer, tag)?;
+        let ticket = self
+            .group()
+            .complete(subject, |state| Attempt::Done(state.post(rank, peer, tag)))?;
+        let request = self.request(subject, peer, ticket);
+        Ok(RecvRequest::new(LoopbackRecv { request, expected }))
+    }
+
+    fn all_gather_bytes(&self, operation: u64, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>, CommError> {
+        let rank = self.rank();
+        let subject = Subject {
+            rank,
+            peer: None,
+            tag: gather_tag(operation),
+        };
+        let mut part = Some(bytes);
+        self.group().complete(subject, |state| {
+            state.all_gather(rank, operation, &mut part)
+        })
+    }
+
+    fn poison(&self, cause: CommError) {
+        self.group().poison(cause);
+    }
+
+    fn poisoned(&self) -> Option<CommError> {
+        self.group().poisoned()
+    }
+
+    fn traffic(&self) -> Traffic {
+        self.group().traffic(self.rank())
+    }
+}
+
+/// What a send and a receive in progress have in common: dropping it unfinished poisons the group.
+#[derive(Debug)]
+struct Request<B: Buffer> {
+    group: Arc<Group<B>>,
+    subject: Subject,
+    peer: Rank,
+    ticket: Ticket,
+    is_finished: bool,
+}
+
+impl<B: Buffer> Drop for Request<B> {
+    fn drop(&mut self) {
+        if self.is_finished {
+            return;
+        }
+        let culprit = self.subject.rank;
+        self.group.poison(if thread::panicking() {
+            panicked(culprit)
+        } else {
+            self.subject
+                .error(CommErrorKind::RequestDropped { culprit })
+        });
+    }
+}
+
+#[derive(Debug)]
+struct LoopbackSend<B: Buffer>(Request<B>);
+
+impl<B: Buffer> PendingSend<B> for LoopbackSend<B> {
+    fn wait(mut self: Box<Self>) -> Result<Option<B>, CommError> {
+        let Request {
+            subject,
+            peer,
+            ticket,
+            ..
+        } = self.0;
+        self.0.group.complete(subject, |state| {
+            if state.is_taken(subject.rank, peer, ticket) {
+                Attempt::Done(())
+            } else {
+                Attempt::Blocked(peer)
+            }
+        })?;
+        self.0.is_finished = true;
+        Ok(None)
+    }
+}
+
+#[derive(Debug)]
+struct LoopbackRecv<B: Buffer> {
+    request: Request<B>,
+    expected: Expected,
+}
+
+impl<B: Buffer> PendingRecv<B> for LoopbackRecv<B> {
+    fn wait(mut self: Box<Self>) -> Result<B, CommError> {
+        let Request {
+            subject,
+            peer,
+            ticket,
+            ..
+        } = self.request;
+        let buffer = self.request.group.complete(subject, |state| {
+            state.collect(subject.rank, peer, ticket, self.expected)
+        })?;
+        self.request.is_finished = true;
+        Ok(buffer)
+    }
+}
+
+fn panicked(culprit: Rank) -> CommError {
+    CommError {
+        rank: culprit,
+        peer: None,
+        tag: None,
+        kind: CommErrorKind::Panicked { culprit },
+    }
+}

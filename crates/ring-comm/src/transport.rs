@@ -1,0 +1,203 @@
+//! The seam between the algorithm and the network: [`Transport`].
+//!
+//! The rules every backend keeps, and every caller may rely on:
+//!
+//! - A send takes ownership of its buffer, a receive yields one. A send is complete when the peer has taken it.
+//! - Messages are matched by `(peer, tag)`; two messages with the same peer and tag arrive in the order sent, in the
+//!   receives in the order posted.
+//! - A message is *taken* as soon as a posted receive matches it, whether or not that receive is being waited for. A rank
+//!   therefore holds at most its posted receives and [`MAX_OUTSTANDING_SENDS`] messages per peer.
+//! - At most [`MAX_OUTSTANDING_SENDS`] sends to one peer may be untaken; a further `isend` waits, up to the deadline.
+//! - Every wait ends by the deadline, with the result or with a typed error.
+//! - The first error poisons the group: every rank's pending and later calls return that original cause.
+//! - A request must be waited for. Dropping one without is a programming error that poisons the group, because its
+//!   peer would otherwise wait for a message that nobody takes. This does not depend on whether the message was already
+//!   taken, so that the mistake shows on every run.
+//! - A rank that panics poisons the group; one that simply drops its endpoint has *departed*: what it sent can still be
+//!   received, and whoever needs anything more from it gets an error that names it.
+
+use std::{fmt, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    buffer::{Buffer, DType},
+    error::{CommError, CommErrorKind},
+};
+
+/// Number of a rank in its group, `0..world_size`.
+pub type Rank = usize;
+
+/// Sends to one peer that may be untaken at the same time: what is computed on, and what is in flight.
+pub const MAX_OUTSTANDING_SENDS: usize = 2;
+
+/// What a message carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Payload {
+    /// Selected key and value rows.
+    KeyValue,
+    /// Gradients of key and value rows, on their way home.
+    KeyValueGradient,
+    /// A part of a collective operation.
+    Collective,
+    /// Anything else, numbered by the caller.
+    Custom(u32),
+}
+
+/// Identifies a message between two ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Tag {
+    /// Sequence number of the operation (one forward, one backward, one collective) within its group.
+    pub operation: u64,
+    /// Step of the operation.
+    pub step: u32,
+    /// What the message carries.
+    pub payload: Payload,
+}
+
+impl fmt::Display for Tag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:?} of operation {} step {}",
+            self.payload, self.operation, self.step
+        )
+    }
+}
+
+/// What a receive expects; anything else is an error, never a cast or a truncation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expected {
+    /// Element type.
+    pub dtype: DType,
+    /// Number of elements.
+    pub len: usize,
+}
+
+/// What one rank has sent and received so far: the payloads of its messages, without the control data of
+/// [`Transport::all_gather_bytes`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traffic {
+    /// Bytes of all buffers sent.
+    pub bytes_sent: u64,
+    /// Bytes of all buffers received.
+    pub bytes_received: u64,
+    /// Number of messages sent.
+    pub messages_sent: u64,
+    /// Number of messages received.
+    pub messages_received: u64,
+}
+
+/// One rank's endpoint in a group of `world_size` ranks that exchange buffers of type `B`.
+pub trait Transport<B: Buffer>: fmt::Debug + Send + Sync {
+    /// This rank.
+    fn rank(&self) -> Rank;
+
+    /// Number of ranks in the group.
+    fn world_size(&self) -> usize;
+
+    /// Longest time any single wait may take.
+    fn deadline(&self) -> Duration;
+
+    /// Starts sending `buffer` to `peer`.
+    ///
+    /// Returns at once unless [`MAX_OUTSTANDING_SENDS`] sends to that peer are untaken; then it waits for one to be taken.
+    ///
+    /// # Errors
+    /// [`CommError`] if the group is poisoned, the peer departed, the rank is out of range, or the deadline passed.
+    fn isend(&self, peer: Rank, tag: Tag, buffer: B) -> Result<SendRequest<B>, CommError>;
+
+    /// Starts receiving the message `tag` from `peer`.
+    ///
+    /// # Errors
+    /// [`CommError`] if the group is poisoned or the rank is out of range.
+    fn irecv(&self, peer: Rank, tag: Tag, expected: Expected) -> Result<RecvRequest<B>, CommError>;
+
+    /// Gives every rank's `bytes` to every rank, in rank order. For control data (hashes, fields), not for tensors.
+    ///
+    /// All ranks must call it, with the same `operation` number.
+    ///
+    /// # Errors
+    /// [`CommError`] if the group is poisoned, a peer departed, or the deadline passed.
+    fn all_gather_bytes(&self, operation: u64, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>, CommError>;
+
+    /// Poisons the group: every rank's pending and later calls return an error that carries `reason` and names this rank.
+    fn abort(&self, reason: &str) {
+        self.poison(CommError {
+            rank: self.rank(),
+            peer: None,
+            tag: None,
+            kind: CommErrorKind::Aborted {
+                culprit: self.rank(),
+                reason: reason.to_owned(),
+            },
+        });
+    }
+
+    /// Poisons the group with `cause`, an error found above the transport; does nothing if the group is poisoned already.
+    fn poison(&self, cause: CommError);
+
+    /// The error that poisoned the group, if one did.
+    fn poisoned(&self) -> Option<CommError>;
+
+    /// What this rank has sent and received so far.
+    fn traffic(&self) -> Traffic;
+}
+
+/// What a backend implements for a send in progress. Dropping it unfinished must poison the group.
+pub trait PendingSend<B>: Send + fmt::Debug {
+    /// Waits until the peer has taken the message. Yields the buffer if the transport copied out of it, `None` if it moved.
+    ///
+    /// # Errors
+    /// [`CommError`] on poison, departure of the peer, or when the deadline passes.
+    fn wait(self: Box<Self>) -> Result<Option<B>, CommError>;
+}
+
+/// What a backend implements for a receive in progress. Dropping it unfinished must poison the group.
+pub trait PendingRecv<B>: Send + fmt::Debug {
+    /// Waits for the message.
+    ///
+    /// # Errors
+    /// [`CommError`] on poison, departure of the peer, a message of another size or type, or when the deadline passes.
+    fn wait(self: Box<Self>) -> Result<B, CommError>;
+}
+
+/// A send in progress; must be waited for.
+#[must_use = "a send must be waited for; dropping it poisons the group"]
+#[derive(Debug)]
+pub struct SendRequest<B>(Box<dyn PendingSend<B>>);
+
+impl<B> SendRequest<B> {
+    /// Wraps a backend's request.
+    pub fn new(pending: impl PendingSend<B> + 'static) -> Self {
+        Self(Box::new(pending))
+    }
+
+    /// Waits until the peer has taken the message; yields the buffer again if the transport did not move it.
+    ///
+    /// # Errors
+    /// [`CommError`] on poison, departure of the peer, or when the deadline passes.
+    pub fn wait(self) -> Result<Option<B>, CommError> {
+        self.0.wait()
+    }
+}
+
+/// A receive in progress; must be waited for.
+#[must_use = "a receive must be waited for; dropping it poisons the group"]
+#[derive(Debug)]
+pub struct RecvRequest<B>(Box<dyn PendingRecv<B>>);
+
+impl<B> RecvRequest<B> {
+    /// Wraps a backend's request.
+    pub fn new(pending: impl PendingRecv<B> + 'static) -> Self {
+        Self(Box::new(pending))
+    }
+
+    /// Waits for the message.
+    ///
+    /// # Errors
+    /// [`CommError`] on poison, departure of the peer, a message of another size or type, or when the deadline passes.
+    pub fn wait(self) -> Result<B, CommError> {
+        self.0.wait()
+    }
+}

@@ -1,0 +1,234 @@
+//! What a plan costs, before it runs: bytes on the wire and bytes of memory.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    plan::{Exchange, Message, Plan},
+    progression::{Progression, disjoint_cover},
+    selection::{Shard, head_classes, segment_pairs},
+    spec::AttentionSpec,
+};
+
+/// Bytes that one rank exchanges in one attention computation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CommunicationEstimate {
+    /// Key/value bytes received in the forward pass.
+    pub forward_received: u64,
+    /// Key/value bytes sent in the forward pass.
+    pub forward_sent: u64,
+    /// Bytes received in the backward pass: the key/value rows again, and the f32 gradients of the own rows coming home.
+    pub backward_received: u64,
+    /// Bytes sent in the backward pass.
+    pub backward_sent: u64,
+    /// Forward bytes received by branch; a row that several branches want counts for the first of them. Sums to
+    /// `forward_received`.
+    pub received_per_branch: Vec<u64>,
+    /// Hops in which this rank sends or receives anything.
+    pub hops: usize,
+}
+
+impl CommunicationEstimate {
+    /// The estimate of a plan; exact, byte by byte.
+    pub fn new(plan: &Plan) -> Self {
+        let spec = plan.spec();
+        let size = |message: &Option<Message>, element: usize| {
+            message.as_ref().map_or(0, |message| {
+                (message.row_count() * spec.shape.batch * 2 * spec.shape.head_dim * element) as u64
+            })
+        };
+        let total = |pick: fn(&Exchange) -> &Option<Message>, element: usize| {
+            plan.exchanges()
+                .map(|exchange| size(pick(exchange), element))
+                .sum::<u64>()
+        };
+        let (f32_size, own_size) = (size_of::<f32>(), spec.dtype.size());
+        let forward_received = total(|exchange| &exchange.receive, own_size);
+        let forward_sent = total(|exchange| &exchange.send, own_size);
+        Self {
+            forward_received,
+            forward_sent,
+            backward_received: forward_received + total(|exchange| &exchange.send, f32_size),
+            backward_sent: forward_sent + total(|exchange| &exchange.receive, f32_size),
+            received_per_branch: received_per_branch(spec, plan.rank()),
+            hops: plan.exchanges().count(),
+        }
+    }
+}
+
+/// Forward bytes received, by the first branch that wants the row.
+fn received_per_branch(spec: &AttentionSpec, rank: usize) -> Vec<u64> {
+    let queries = Shard::queries(spec, rank);
+    let branches = spec.pattern.branches().len();
+    let mut bytes = vec![0; branches];
+    for source in (0..spec.world_size).filter(|&source| source != rank) {
+        let keys = Shard::keys(spec, source);
+        for class in head_classes(spec) {
+            let pairs = segment_pairs(spec, &class, &queries, &keys);
+            if pairs.is_empty() {
+                continue;
+            }
+            let mut before = 0;
+            for (branch, bytes) in bytes.iter_mut().enumerate() {
+                let sets: Vec<Progression> = pairs
+                    .iter()
+                    .filter(|pairs| pairs.branch <= branch)
+                    .flat_map(|pairs| {
+                        (0..pairs.repeat as i64).map(|copy| pairs.keys.shifted(copy * pairs.period))
+                    })
+                    .collect();
+                let rows: usize = disjoint_cover(&sets).iter().map(Progression::count).sum();
+                *bytes += (rows - before) as u64
+                    * class.kv_heads.len() as u64
+                    * spec.shape.batch as u64
+                    * spec.row_bytes();
+                before = rows;
+            }
+        }
+    }
+    bytes
+}
+
+/// Bytes of memory that one rank needs for one attention computation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MemoryEstimate {
+    /// The rank's queries.
+    pub query: u64,
+    /// The rank's keys and values.
+    pub key_value: u64,
+    /// The rank's output and log-sum-exp.
+    pub output: u64,
+    /// Incoming gradient of the output and gradients of queries, keys and values; 0 for a forward pass.
+    pub gradients: u64,
+    /// Messages that exist at the same time: the slot computed on, the one arriving, the one leaving, and in the backward pass
+    /// the gradients of a slot.
+    pub exchange_slots: u64,
+    /// Running state that is not part of a result, and the kernels' tiles.
+    pub scratch: u64,
+    /// Sum of all.
+    pub total: u64,
+    /// What one device would need for the whole sequence.
+    pub single_device_total: u64,
+    /// `single_device_total / total`.
+    pub reduction_factor: f64,
+}
+
+impl MemoryEstimate {
+    /// Memory of a forward pass; `kernel_scratch` is what the kernels need beside the state.
+    pub fn forward(plan: &Plan, kernel_scratch: u64) -> Self {
+        Self::new(plan, kernel_scratch, false)
+    }
+
+    /// Memory of a backward pass, with everything it needs of the forward pass.
+    pub fn backward(plan: &Plan, kernel_scratch: u64) -> Self {
+        Self::new(plan, kernel_scratch, true)
+    }
+
+    fn new(plan: &Plan, kernel_scratch: u64, backward: bool) -> Self {
+        let spec = plan.spec();
+        let problem = plan.problem();
+        let mut own = Self::tensors(
+            spec,
+            problem.queries as u64,
+            problem.keys as u64,
+            kernel_scratch,
+            backward,
+        );
+        own.exchange_slots = slots(plan, backward);
+        own.total += own.exchange_slots;
+        let whole = Self::tensors(
+            spec,
+            spec.query_length as u64,
+            spec.key_length as u64,
+            kernel_scratch,
+            backward,
+        );
+        own.single_device_total = whole.total;
+        own.reduction_factor = whole.total as f64 / (own.total as f64).max(1.0);
+        own
+    }
+
+    /// Everything but the exchange, for so many rows.
+    fn tensors(
+        spec: &AttentionSpec,
+        queries: u64,
+        keys: u64,
+        kernel_scratch: u64,
+        backward: bool,
+    ) -> Self {
+        let (shape, size) = (spec.shape, spec.dtype.size() as u64);
+        let dim = shape.head_dim as u64;
+        let query_rows = (shape.batch * shape.query_heads) as u64 * queries;
+        let key_rows = (shape.batch * shape.kv_heads) as u64 * keys;
+        let query = query_rows * dim * size;
+        let key_value = 2 * key_rows * dim * size;
+        let output = query_rows * (dim * size + 4);
+        // With 16-bit types the f32 sums exist beside the rounded results.
+        let rounded = |elements: u64| if size == 4 { 0 } else { elements * 4 };
+        let (gradients, state) = if backward {
+            let gradients = 2 * query + key_value;
+            let delta = query_rows * 4;
+            (
+                gradients,
+                delta + rounded(query_rows * dim + 2 * key_rows * dim),
+            )
+        } else {
+            // Running maximum and denominator; one of the two becomes the log-sum-exp.
+            (0, query_rows * 4 + rounded(query_rows * dim))
+        };
+        let scratch = state + kernel_scratch;
+        Self {
+            query,
+            key_value,
+            output,
+            gradients,
+            exchange_slots: 0,
+            scratch,
+            total: query + key_value + output + gradients + scratch,
+            single_device_total: 0,
+            reduction_factor: 1.0,
+        }
+    }
+}
+
+/// The most bytes of messages that exist at the same time.
+fn slots(plan: &Plan, backward: bool) -> u64 {
+    let spec = plan.spec();
+    let bytes = |message: Option<&Message>, element: usize| {
+        message.map_or(0, |message| {
+            (message.row_count() * spec.shape.batch * 2 * spec.shape.head_dim * element) as u64
+        })
+    };
+    let size = spec.dtype.size();
+    let exchanges: Vec<Option<&Exchange>> = plan
+        .steps()
+        .iter()
+        .map(|step| step.exchange.as_ref())
+        .collect();
+    (0..exchanges.len())
+        .map(|index| {
+            let current = index.checked_sub(1).and_then(|before| exchanges[before]);
+            let earlier = index.checked_sub(2).and_then(|before| exchanges[before]);
+            let received = |exchange: Option<&Exchange>, element| {
+                bytes(
+                    exchange.and_then(|exchange| exchange.receive.as_ref()),
+                    element,
+                )
+            };
+            let sent = |exchange: Option<&Exchange>, element| {
+                bytes(
+                    exchange.and_then(|exchange| exchange.send.as_ref()),
+                    element,
+                )
+            };
+            let next = exchanges[index];
+            let key_value = received(current, size) + received(next, size) + sent(next, size);
+            let gradients = if backward {
+                received(current, 4) + received(earlier, 4) + sent(earlier, 4)
+            } else {
+                0
+            };
+            key_value + gradients
+        })
+        .max()
+        .unwrap_or(0)
+}

@@ -1,0 +1,31 @@
+//! Ring dilated attention, free of any framework: what is computed, who owns and sends what, and the loop that does it.
+//!
+//! Data flows one way: [`Pattern`] and [`Sharding`] make an [`AttentionSpec`], which gives every rank its [`Plan`]; [`forward`]
+//! and [`backward`] walk the plan over any kernels and any transport.
+//!
+//! # Words
+//!
+//! - *position*: index in the whole sequence. *Row*: index in a rank's own tensor, or in a slot.
+//! - *segment*, *dilation rate*, *offset*, *branch*: LongNet's (arXiv 2307.02486); see [`Pattern`].
+//! - *rank*, *world size*: a member of the group, and how many there are. *Shard*: the positions a rank owns.
+//! - *hop*: one exchange with one peer on each side. *Slot*: the buffer that holds the rows a hop brought.
+//! - *step*: what a rank computes between two exchanges. *Block*: query rows x key rows of a step.
+
+mod driver;
+mod estimate;
+pub mod oracle;
+mod pattern;
+mod plan;
+mod progression;
+mod selection;
+mod sharding;
+mod spec;
+
+pub use driver::{Error, Gradients, Inputs, Output, Saved, backward, forward};
+pub use estimate::{CommunicationEstimate, MemoryEstimate};
+pub use pattern::{Branch, HeadOffsets, MAX_LENGTH, Mixing, Pattern, PatternError};
+pub use plan::{Exchange, HeadWork, Message, Plan, PlannedBlock, Source, Step};
+pub use progression::{Progression, disjoint_cover};
+pub use ring_kernels::Mask;
+pub use sharding::{Sharding, Span};
+pub use spec::{AttentionSpec, Shape, SpecError};

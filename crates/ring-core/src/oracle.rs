@@ -1,0 +1,144 @@
+//! The judge of everything else: attention as its definition says, O(N^2), float64, on one rank.
+//!
+//! Written to be obviously correct, not fast. Nothing here is shared with the code it judges, but for the pattern's own
+//! definition of head offsets.
+
+use crate::spec::AttentionSpec;
+
+/// Results of [`attention`], contiguous, f64.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct OracleOutput {
+    /// `[batch, query_heads, query_length, head_dim]`
+    pub output: Vec<f64>,
+    /// `[batch, query_heads, query_length]`; `-inf` for rows that see nothing.
+    pub log_sum_exp: Vec<f64>,
+    /// Gradient of the queries; empty without `grad_output`.
+    pub grad_query: Vec<f64>,
+    /// Gradient of the keys.
+    pub grad_key: Vec<f64>,
+    /// Gradient of the values.
+    pub grad_value: Vec<f64>,
+}
+
+/// Inputs of [`attention`]: whole tensors, contiguous `[batch, heads, length, head_dim]`.
+#[derive(Clone, Copy, Debug)]
+pub struct OracleInput<'a> {
+    /// Queries.
+    pub query: &'a [f64],
+    /// Keys.
+    pub key: &'a [f64],
+    /// Values.
+    pub value: &'a [f64],
+    /// Gradient that reaches the output, if gradients are wanted.
+    pub grad_output: Option<&'a [f64]>,
+    /// Gradient that reaches the log-sum-exp, zero if absent.
+    pub grad_log_sum_exp: Option<&'a [f64]>,
+}
+
+/// How many branches hold the pair of query position `n` and key `m` in the heads of `kv_head`: `M[h,n,m]`.
+pub fn multiplicity(spec: &AttentionSpec, kv_head: usize, n: i64, m: i64) -> usize {
+    if spec.pattern.is_causal() && m > n {
+        return 0;
+    }
+    let branches = spec.pattern.branches();
+    (0..branches.len())
+        .filter(|&branch| {
+            let Some(offset) = spec.pattern.offset(branch, kv_head, spec.shape.kv_heads) else {
+                return false;
+            };
+            let rate = branches[branch].dilation_rate as i64;
+            // Segment of a position, and the position within it.
+            let place = |position: i64| match branches[branch].segment_length {
+                None => (0, position),
+                Some(length) => (
+                    position.div_euclid(length as i64),
+                    position.rem_euclid(length as i64),
+                ),
+            };
+            let selected = |within: i64| {
+                let steps = within - offset as i64;
+                steps % rate == 0 && (steps >= 0 || branches[branch].segment_length.is_none())
+            };
+            let ((query_segment, query), (key_segment, key)) = (place(n), place(m));
+            query_segment == key_segment && selected(query) && selected(key)
+        })
+        .count()
+}
+
+/// Attention and, if `grad_output` is given, its gradients.
+pub fn attention(spec: &AttentionSpec, input: OracleInput<'_>) -> OracleOutput {
+    let shape = spec.shape;
+    let (nq, nk, dim) = (spec.query_length, spec.key_length, shape.head_dim);
+    let group = shape.query_heads / shape.kv_heads;
+    let scale = f64::from(spec.scale);
+    let output_scale = match spec.pattern.mixing() {
+        crate::Mixing::LongNet => 1.0,
+        crate::Mixing::HeadGroups => 1.0 / spec.pattern.branches().len() as f64,
+    };
+    let rows = shape.batch * shape.query_heads * nq;
+    let mut result = OracleOutput {
+        output: vec![0.0; rows * dim],
+        log_sum_exp: vec![f64::NEG_INFINITY; rows],
+        ..Default::default()
+    };
+    if input.grad_output.is_some() {
+        result.grad_query = vec![0.0; input.query.len()];
+        result.grad_key = vec![0.0; input.key.len()];
+        result.grad_value = vec![0.0; input.value.len()];
+    }
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
+    for row in 0..rows {
+        let (batch_head, n) = (row / nq, row % nq);
+        let (batch, head) = (
+            batch_head / shape.query_heads,
+            batch_head % shape.query_heads,
+        );
+        let kv_head = head / group;
+        let query = &input.query[row * dim..][..dim];
+        let key_at = |m: usize| ((batch * shape.kv_heads + kv_head) * nk + m) * dim;
+        let counted: Vec<(usize, f64, f64)> = (0..nk)
+            .filter_map(|m| {
+                let position = n as i64 + spec.query_offset;
+                let count = multiplicity(spec, kv_head, position, m as i64);
+                let score = scale * dot(query, &input.key[key_at(m)..][..dim]);
+                (count > 0).then_some((m, count as f64, score))
+            })
+            .collect();
+        if counted.is_empty() {
+            continue;
+        }
+        let max = counted
+            .iter()
+            .map(|entry| entry.2)
+            .fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = counted
+            .iter()
+            .map(|(_, count, score)| count * (score - max).exp())
+            .sum();
+        let lse = max + sum.ln();
+        result.log_sum_exp[row] = lse;
+        for &(m, count, score) in &counted {
+            let weight = count * (score - lse).exp();
+            for d in 0..dim {
+                result.output[row * dim + d] += output_scale * weight * input.value[key_at(m) + d];
+            }
+        }
+        let Some(grad_output) = input.grad_output else {
+            continue;
+        };
+        let grad_output = &grad_output[row * dim..][..dim];
+        let delta = dot(grad_output, &result.output[row * dim..][..dim])
+            - input.grad_log_sum_exp.map_or(0.0, |grad| grad[row]);
+        for &(m, count, score) in &counted {
+            let weight = count * (score - lse).exp();
+            let value = &input.value[key_at(m)..][..dim];
+            let grad_score = weight * (output_scale * dot(grad_output, value) - delta);
+            for d in 0..dim {
+                result.grad_value[key_at(m) + d] += output_scale * weight * grad_output[d];
+                result.grad_query[row * dim + d] += scale * grad_score * input.key[key_at(m) + d];
+                result.grad_key[key_at(m) + d] += scale * grad_score * query[d];
+            }
+        }
+    }
+    result
+}

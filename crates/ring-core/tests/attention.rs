@@ -1,0 +1,504 @@
+//! The drivers over loopback ranks, judged by the O(N^2) float64 oracle.
+
+mod cases;
+
+use std::{sync::Arc, time::Duration};
+
+use half::bf16;
+use proptest::prelude::*;
+use ring_comm::{
+    Communicator, Loopback, Transport,
+    buffer::{DType, HostBuffer, HostView},
+};
+use ring_core::{
+    AttentionSpec, CommunicationEstimate, Error, Inputs, Pattern, Plan, Saved, Shape, Sharding,
+    backward, forward,
+    oracle::{OracleInput, OracleOutput, attention},
+};
+use ring_kernels::{CpuKernels, RowLayout, Tensor};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Numbers in (-1, 1) from a seed.
+fn numbers(len: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    (0..len)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+/// Whole tensors of one computation.
+struct Whole {
+    query: Vec<f32>,
+    key: Vec<f32>,
+    value: Vec<f32>,
+    grad_output: Vec<f32>,
+    grad_log_sum_exp: Vec<f32>,
+}
+
+impl Whole {
+    fn random(spec: &AttentionSpec) -> Self {
+        let Shape {
+            batch,
+            query_heads,
+            kv_heads,
+            head_dim,
+        } = spec.shape;
+        let query_rows = batch * query_heads * spec.query_length;
+        let key_rows = batch * kv_heads * spec.key_length;
+        Self {
+            query: numbers(query_rows * head_dim, 1)
+                .iter()
+                .map(|x| 3.0 * x)
+                .collect(),
+            key: numbers(key_rows * head_dim, 2)
+                .iter()
+                .map(|x| 3.0 * x)
+                .collect(),
+            value: numbers(key_rows * head_dim, 3),
+            grad_output: numbers(query_rows * head_dim, 4),
+            grad_log_sum_exp: numbers(query_rows, 5),
+        }
+    }
+
+    fn oracle(&self, spec: &AttentionSpec) -> OracleOutput {
+        let wide = |values: &[f32]| values.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
+        attention(
+            spec,
+            OracleInput {
+                query: &wide(&self.query),
+                key: &wide(&self.key),
+                value: &wide(&self.value),
+                grad_output: Some(&wide(&self.grad_output)),
+                grad_log_sum_exp: Some(&wide(&self.grad_log_sum_exp)),
+            },
+        )
+    }
+}
+
+/// Positions of a rank's rows.
+fn owned(spec: &AttentionSpec, rank: usize, keys: bool) -> Vec<usize> {
+    let (sharding, length) = if keys {
+        (spec.key_sharding, spec.key_length)
+    } else {
+        (spec.query_sharding, spec.query_length)
+    };
+    sharding
+        .spans(length, spec.world_size, rank)
+        .iter()
+        .flat_map(|span| span.start..span.end)
+        .collect()
+}
+
+/// A rank's rows of `[outer, length, inner]`.
+fn shard(whole: &[f32], length: usize, inner: usize, positions: &[usize]) -> Vec<f32> {
+    if length == 0 {
+        return Vec::new();
+    }
+    whole
+        .chunks(length * inner)
+        .flat_map(|outer| {
+            positions
+                .iter()
+                .flat_map(move |&position| outer[position * inner..][..inner].iter().copied())
+        })
+        .collect()
+}
+
+/// Puts a rank's rows back.
+fn unshard(whole: &mut [f32], length: usize, inner: usize, positions: &[usize], part: &[f32]) {
+    if positions.is_empty() || inner == 0 {
+        return;
+    }
+    for (outer, part) in whole
+        .chunks_mut((length * inner).max(1))
+        .zip(part.chunks(positions.len() * inner))
+    {
+        for (row, &position) in positions.iter().enumerate() {
+            outer[position * inner..][..inner].copy_from_slice(&part[row * inner..][..inner]);
+        }
+    }
+}
+
+/// Results of all ranks put together, and what each rank received forward and in all.
+struct Gathered {
+    output: Vec<f32>,
+    log_sum_exp: Vec<f32>,
+    grad_query: Vec<f32>,
+    grad_key: Vec<f32>,
+    grad_value: Vec<f32>,
+    received: Vec<(u64, u64)>,
+}
+
+/// What one rank ends with.
+struct RankResult {
+    output: Vec<f32>,
+    log_sum_exp: Vec<f32>,
+    gradients: [Vec<f32>; 3],
+    received: (u64, u64),
+}
+
+fn buffer(values: Vec<f32>, dtype: DType) -> HostBuffer {
+    match dtype {
+        DType::F32 => HostBuffer::F32(values),
+        DType::BF16 => HostBuffer::BF16(values.into_iter().map(bf16::from_f32).collect()),
+        DType::F16 => HostBuffer::F16(values.into_iter().map(half::f16::from_f32).collect()),
+    }
+}
+
+fn to_f32(buffer: &HostBuffer) -> Vec<f32> {
+    match buffer {
+        HostBuffer::F32(values) => values.clone(),
+        HostBuffer::BF16(values) => values.iter().map(|x| x.to_f32()).collect(),
+        HostBuffer::F16(values) => values.iter().map(|x| x.to_f32()).collect(),
+    }
+}
+
+fn view(buffer: &HostBuffer) -> HostView<'_> {
+    ring_comm::buffer::Buffer::view(buffer)
+}
+
+fn run_rank(
+    spec: &AttentionSpec,
+    whole: &Whole,
+    communicator: &Communicator<HostBuffer>,
+    threads: usize,
+) -> Result<RankResult, Error> {
+    let rank = communicator.rank();
+    let kernels = CpuKernels::new(threads).unwrap();
+    let plan = Plan::new(spec, rank)?;
+    let problem = plan.problem();
+    let dim = spec.shape.head_dim;
+    let (queries, keys) = (owned(spec, rank, false), owned(spec, rank, true));
+    let query = buffer(
+        shard(&whole.query, spec.query_length, dim, &queries),
+        spec.dtype,
+    );
+    let key = buffer(shard(&whole.key, spec.key_length, dim, &keys), spec.dtype);
+    let value = buffer(shard(&whole.value, spec.key_length, dim, &keys), spec.dtype);
+    let grad_output = buffer(
+        shard(&whole.grad_output, spec.query_length, dim, &queries),
+        spec.dtype,
+    );
+    let grad_lse = HostBuffer::F32(shard(
+        &whole.grad_log_sum_exp,
+        spec.query_length,
+        1,
+        &queries,
+    ));
+    let query_layout = RowLayout::contiguous(spec.shape.query_heads, problem.queries, dim);
+    let key_layout = RowLayout::contiguous(spec.shape.kv_heads, problem.keys, dim);
+    let inputs = Inputs {
+        query: Tensor {
+            data: view(&query),
+            layout: &query_layout,
+        },
+        key: Tensor {
+            data: view(&key),
+            layout: &key_layout,
+        },
+        value: Tensor {
+            data: view(&value),
+            layout: &key_layout,
+        },
+    };
+    let before = communicator.traffic().bytes_received;
+    let result = forward(&kernels, communicator, &plan, inputs)?;
+    let after = communicator.traffic().bytes_received;
+    let gradients = backward(
+        &kernels,
+        communicator,
+        &plan,
+        inputs,
+        Saved {
+            output: view(&result.output),
+            log_sum_exp: view(&result.log_sum_exp),
+            grad_output: Tensor {
+                data: view(&grad_output),
+                layout: &query_layout,
+            },
+            grad_log_sum_exp: Some(view(&grad_lse)),
+        },
+    )?;
+    Ok(RankResult {
+        output: to_f32(&result.output),
+        log_sum_exp: to_f32(&result.log_sum_exp),
+        gradients: [&gradients.query, &gradients.key, &gradients.value].map(to_f32),
+        received: (
+            after - before,
+            communicator.traffic().bytes_received - after,
+        ),
+    })
+}
+
+fn run(spec: &AttentionSpec, whole: &Whole, threads: usize) -> Gathered {
+    let results = Loopback::run(spec.world_size, DEADLINE, |endpoint| {
+        let communicator = Communicator::new(Arc::new(endpoint));
+        run_rank(spec, whole, &communicator, threads).unwrap()
+    });
+    let mut gathered = Gathered {
+        output: vec![f32::NAN; whole.query.len()],
+        log_sum_exp: vec![f32::NAN; whole.grad_log_sum_exp.len()],
+        grad_query: vec![f32::NAN; whole.query.len()],
+        grad_key: vec![f32::NAN; whole.key.len()],
+        grad_value: vec![f32::NAN; whole.value.len()],
+        received: Vec::new(),
+    };
+    let dim = spec.shape.head_dim;
+    for (rank, result) in results.into_iter().enumerate() {
+        let result = result.unwrap();
+        let (queries, keys) = (owned(spec, rank, false), owned(spec, rank, true));
+        let (nq, nk) = (spec.query_length, spec.key_length);
+        unshard(&mut gathered.output, nq, dim, &queries, &result.output);
+        unshard(
+            &mut gathered.log_sum_exp,
+            nq,
+            1,
+            &queries,
+            &result.log_sum_exp,
+        );
+        unshard(
+            &mut gathered.grad_query,
+            nq,
+            dim,
+            &queries,
+            &result.gradients[0],
+        );
+        unshard(&mut gathered.grad_key, nk, dim, &keys, &result.gradients[1]);
+        unshard(
+            &mut gathered.grad_value,
+            nk,
+            dim,
+            &keys,
+            &result.gradients[2],
+        );
+        gathered.received.push(result.received);
+    }
+    gathered
+}
+
+/// `||got - expected|| / ||expected||`, and the same `-inf` in both.
+fn distance(got: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(got.len(), expected.len());
+    let (mut error, mut norm) = (0.0, 0.0);
+    for (&got, &expected) in got.iter().zip(expected) {
+        if expected == f64::NEG_INFINITY || got == f32::NEG_INFINITY {
+            assert_eq!(f64::from(got), expected);
+            continue;
+        }
+        assert!(got.is_finite(), "got {got}, expected {expected}");
+        error += (f64::from(got) - expected).powi(2);
+        norm += expected.powi(2);
+    }
+    error.sqrt() / norm.sqrt().max(1e-3)
+}
+
+fn assert_close(spec: &AttentionSpec, got: &Gathered, expected: &OracleOutput, tolerance: f64) {
+    for (name, got, expected) in [
+        ("output", &got.output, &expected.output),
+        ("log-sum-exp", &got.log_sum_exp, &expected.log_sum_exp),
+        (
+            "gradient of the queries",
+            &got.grad_query,
+            &expected.grad_query,
+        ),
+        ("gradient of the keys", &got.grad_key, &expected.grad_key),
+        (
+            "gradient of the values",
+            &got.grad_value,
+            &expected.grad_value,
+        ),
+    ] {
+        let distance = distance(got, expected);
+        assert!(
+            distance <= tolerance,
+            "{name} off by {distance:e} for {spec:?}"
+        );
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(250))]
+
+    #[test]
+    fn forward_and_backward_agree_with_the_definition(spec in cases::any_spec(80), threads in 1_usize..3) {
+        let whole = Whole::random(&spec);
+        let got = run(&spec, &whole, threads);
+        assert_close(&spec, &got, &whole.oracle(&spec), 2e-5);
+        for (rank, &(forward, backward)) in got.received.iter().enumerate() {
+            let estimate = CommunicationEstimate::new(&Plan::new(&spec, rank).unwrap());
+            prop_assert_eq!(forward, estimate.forward_received);
+            prop_assert_eq!(backward, estimate.backward_received);
+        }
+    }
+}
+
+fn spec(pattern: Pattern, length: usize, sharding: Sharding, ranks: usize) -> AttentionSpec {
+    let shape = Shape {
+        batch: 2,
+        query_heads: 4,
+        kv_heads: 2,
+        head_dim: 16,
+    };
+    AttentionSpec::new(pattern, shape, length)
+        .unwrap()
+        .sharded(sharding, ranks)
+        .unwrap()
+}
+
+#[test]
+fn bytes_on_the_wire_are_the_lower_bound_for_longnet() {
+    let pattern = Pattern::dilated(&[16, 64, 128], &[1, 2, 4]).unwrap();
+    let spec = spec(pattern, 128, Sharding::Contiguous, 4);
+    let whole = Whole::random(&spec);
+    // l = 32: (64 - 32)/2 + (128 - 64)/4 rows of each head
+    let v_min = 32 * 2 * 2 * spec.row_bytes();
+    for (forward, _) in run(&spec, &whole, 1).received {
+        assert_eq!(forward, v_min);
+    }
+}
+
+#[test]
+fn bf16_inputs_are_rounded_once_at_the_end() {
+    for ranks in [1, 4] {
+        let pattern = Pattern::dilated(&[32, 64], &[1, 2]).unwrap().causal();
+        let spec = spec(pattern, 96, Sharding::Zigzag, ranks).with_dtype(DType::BF16);
+        let mut whole = Whole::random(&spec);
+        for tensor in [
+            &mut whole.query,
+            &mut whole.key,
+            &mut whole.value,
+            &mut whole.grad_output,
+        ] {
+            for x in tensor.iter_mut() {
+                *x = bf16::from_f32(*x).to_f32();
+            }
+        }
+        let expected = whole.oracle(&spec);
+        let got = run(&spec, &whole, 1);
+        assert_close(&spec, &got, &expected, 5e-3);
+        // State in bf16 over the hops would show here first.
+        assert!(distance(&got.log_sum_exp, &expected.log_sum_exp) < 1e-5);
+    }
+}
+
+#[test]
+fn the_number_of_ranks_and_the_sharding_change_only_the_rounding() {
+    let pattern = Pattern::dilated(&[24, 48, 200], &[1, 3, 5])
+        .unwrap()
+        .causal();
+    let base = spec(pattern.clone(), 150, Sharding::Contiguous, 1);
+    let whole = Whole::random(&base);
+    let expected = whole.oracle(&base);
+    for ranks in 1..=8 {
+        for sharding in [
+            Sharding::Contiguous,
+            Sharding::Zigzag,
+            Sharding::Striped {
+                chunk_size: Some(7),
+            },
+        ] {
+            let spec = spec(pattern.clone(), 150, sharding, ranks);
+            assert_close(&spec, &run(&spec, &whole, 1), &expected, 2e-5);
+        }
+    }
+}
+
+#[test]
+fn large_logits_stay_finite() {
+    let spec = spec(Pattern::full().causal(), 64, Sharding::Zigzag, 3);
+    let mut whole = Whole::random(&spec);
+    whole.query.iter_mut().for_each(|x| *x *= 300.0);
+    let expected = whole.oracle(&spec);
+    let got = run(&spec, &whole, 1);
+    assert_close(&spec, &got, &expected, 2e-4);
+}
+
+#[test]
+fn ranks_that_plan_differently_are_told_who_differs_in_what() {
+    let good = spec(Pattern::full().causal(), 64, Sharding::Zigzag, 3);
+    let bad = spec(Pattern::full().causal(), 64, Sharding::Contiguous, 3);
+    let whole = Whole::random(&good);
+    let results = Loopback::run(3, DEADLINE, |endpoint| {
+        let mine = if endpoint.rank() == 2 { &bad } else { &good };
+        let communicator = Communicator::new(Arc::new(endpoint));
+        run_rank(mine, &whole, &communicator, 1).err().unwrap()
+    });
+    for error in results {
+        let Ok(Error::Comm { source, .. }) = error else {
+            panic!("not a communication error")
+        };
+        assert_eq!(source.culprit(), 2);
+        let text = source.to_string();
+        assert!(
+            text.contains("sharding") && text.contains("zigzag"),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn a_rank_that_fails_before_its_backward_is_named_by_all() {
+    let spec = spec(Pattern::full(), 64, Sharding::Contiguous, 4);
+    let whole = Whole::random(&spec);
+    let results = Loopback::run(4, DEADLINE, |endpoint| {
+        let communicator = Communicator::new(Arc::new(endpoint));
+        let shorter = Whole {
+            query: whole.query.clone(),
+            key: whole.key.clone(),
+            value: whole.value.clone(),
+            // Rank 1 passes an incoming gradient of another size: an error of its own kernel.
+            grad_output: if communicator.rank() == 1 {
+                Vec::new()
+            } else {
+                whole.grad_output.clone()
+            },
+            grad_log_sum_exp: whole.grad_log_sum_exp.clone(),
+        };
+        run_rank(&spec, &shorter, &communicator, 1).err().unwrap()
+    });
+    for (rank, error) in results.into_iter().enumerate() {
+        match error.unwrap() {
+            Error::Kernel { rank: culprit, .. } => assert_eq!((rank, culprit), (1, 1)),
+            Error::Comm { source, .. } => assert_eq!(source.culprit(), 1),
+            other => panic!("{other}"),
+        }
+    }
+}
+
+#[test]
+fn a_plan_of_another_rank_is_refused() {
+    let spec = spec(Pattern::full(), 16, Sharding::Contiguous, 2);
+    let results = Loopback::run::<HostBuffer, _>(2, DEADLINE, |endpoint| {
+        let communicator = Communicator::new(Arc::new(endpoint));
+        let plan = Plan::new(&spec, 0).unwrap();
+        let problem = plan.problem();
+        let data = vec![0.0; problem.batch * 4 * problem.queries * 16];
+        let layout = RowLayout::contiguous(4, problem.queries, 16);
+        let tensor = Tensor {
+            data: HostView::F32(&data),
+            layout: &layout,
+        };
+        let inputs = Inputs {
+            query: tensor,
+            key: tensor,
+            value: tensor,
+        };
+        forward(&CpuKernels::new(1).unwrap(), &communicator, &plan, inputs).err()
+    });
+    assert!(
+        results
+            .iter()
+            .all(|result| result.as_ref().unwrap().is_some())
+    );
+    assert!(
+        results
+            .iter()
+            .any(|result| matches!(result, Ok(Some(Error::WrongPlan { .. }))))
+    );
+}

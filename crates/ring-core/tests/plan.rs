@@ -1,0 +1,354 @@
+//! Properties of plans (and of what is estimated from them), judged by enumeration.
+
+mod cases;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+use ring_core::{
+    AttentionSpec, CommunicationEstimate, Message, Pattern, Plan, Shape, Sharding, Source,
+    oracle::multiplicity,
+};
+use ring_kernels::Rows;
+
+/// Position of every local row of a rank.
+fn positions(spec: &AttentionSpec, rank: usize, keys: bool) -> Vec<i64> {
+    let (sharding, length, offset) = if keys {
+        (spec.key_sharding, spec.key_length, 0)
+    } else {
+        (spec.query_sharding, spec.query_length, spec.query_offset)
+    };
+    sharding
+        .spans(length, spec.world_size, rank)
+        .iter()
+        .flat_map(|span| span.start..span.end)
+        .map(|position| position as i64 + offset)
+        .collect()
+}
+
+fn plans(spec: &AttentionSpec) -> Vec<Plan> {
+    (0..spec.world_size)
+        .map(|rank| Plan::new(spec, rank).unwrap())
+        .collect()
+}
+
+/// Positions of the rows of a message, by head, in packed order.
+fn packed_positions(message: &Message) -> BTreeMap<usize, Vec<i64>> {
+    let mut by_head = BTreeMap::new();
+    for entry in &message.rows {
+        for &head in &entry.kv_heads {
+            let positions = entry
+                .runs
+                .iter()
+                .flat_map(|run| (0..run.count).map(|i| run.position(i)))
+                .collect();
+            assert!(
+                by_head.insert(head, positions).is_none(),
+                "head packed twice"
+            );
+        }
+    }
+    by_head
+}
+
+/// The pairs a plan counts, as (head, query position, key position) -> how often; checks on the way that every row stands
+/// where the block says.
+fn counted(plan: &Plan) -> BTreeMap<(usize, i64, i64), usize> {
+    let spec = plan.spec();
+    let own_queries = positions(spec, plan.rank(), false);
+    let own_keys = positions(spec, plan.rank(), true);
+    let mut pairs = BTreeMap::new();
+    let mut slot: Option<BTreeMap<usize, Vec<i64>>> = None;
+    for step in plan.steps() {
+        for work in step.head_blocks() {
+            for &head in &work.kv_heads {
+                let keys = match step.source {
+                    Source::Own => &own_keys,
+                    Source::Slot(_) => &slot.as_ref().unwrap()[&head],
+                    Source::Nothing => panic!("work on nothing"),
+                };
+                for block in &work.blocks {
+                    check_rows(&block.queries, &own_queries);
+                    check_rows(&block.keys, keys);
+                    let admitted = |n: i64, m: i64| !spec.pattern.is_causal() || m <= n;
+                    let mut any = false;
+                    for i in 0..block.queries.count {
+                        for j in 0..block.keys.count {
+                            let (n, m) = (block.queries.position(i), block.keys.position(j));
+                            if admitted(n, m) {
+                                any = true;
+                                *pairs.entry((head, n, m)).or_insert(0) += 1;
+                            }
+                        }
+                    }
+                    assert!(any, "a block without any pair: {block:?}");
+                }
+            }
+        }
+        slot = step
+            .exchange
+            .as_ref()
+            .and_then(|exchange| exchange.receive.as_ref())
+            .map(packed_positions);
+    }
+    pairs
+}
+
+fn check_rows(rows: &Rows, positions: &[i64]) {
+    for i in 0..rows.count {
+        assert_eq!(positions[rows.row(i)], rows.position(i));
+    }
+}
+
+/// Rows that `rank` must receive: (head, position) of visible keys that it does not own.
+fn visible_elsewhere(spec: &AttentionSpec, rank: usize) -> BTreeSet<(usize, i64)> {
+    let own: BTreeSet<i64> = positions(spec, rank, true).into_iter().collect();
+    let queries = positions(spec, rank, false);
+    let mut needed = BTreeSet::new();
+    for head in 0..spec.shape.kv_heads {
+        for m in (0..spec.key_length as i64).filter(|m| !own.contains(m)) {
+            if queries.iter().any(|&n| multiplicity(spec, head, n, m) > 0) {
+                needed.insert((head, m));
+            }
+        }
+    }
+    needed
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn every_pair_is_counted_as_often_as_its_branches_hold_it(spec in cases::any_spec(60)) {
+        let mut total: BTreeMap<(usize, i64, i64), usize> = BTreeMap::new();
+        let mut work = 0;
+        for plan in plans(&spec) {
+            let pairs = counted(&plan);
+            let group = spec.shape.query_heads / spec.shape.kv_heads;
+            let own: usize = pairs.values().sum::<usize>() * group;
+            prop_assert_eq!(plan.pairs(), own as u128, "the plan knows its work");
+            work += own;
+            for (pair, count) in pairs {
+                *total.entry(pair).or_insert(0) += count;
+            }
+        }
+        let mut expected = 0;
+        for head in 0..spec.shape.kv_heads {
+            for query in 0..spec.query_length as i64 {
+                let n = query + spec.query_offset;
+                for m in 0..spec.key_length as i64 {
+                    let count = multiplicity(&spec, head, n, m);
+                    expected += count * spec.shape.query_heads / spec.shape.kv_heads;
+                    prop_assert_eq!(total.get(&(head, n, m)).copied().unwrap_or(0), count,
+                        "head {} query {} key {}", head, n, m);
+                }
+            }
+        }
+        prop_assert_eq!(work, expected);
+    }
+
+    #[test]
+    fn what_travels_is_what_is_visible_each_row_once(spec in cases::any_spec(50)) {
+        for plan in plans(&spec) {
+            let mut received = BTreeSet::new();
+            for exchange in plan.exchanges() {
+                prop_assert!(exchange.send.is_some() || exchange.receive.is_some(), "dead hop");
+                let Some(message) = &exchange.receive else { continue };
+                for (head, positions) in packed_positions(message) {
+                    prop_assert!(!positions.is_empty(), "empty head in a message");
+                    for position in positions {
+                        prop_assert!(received.insert((head, position)), "row twice");
+                    }
+                }
+            }
+            let needed = visible_elsewhere(&spec, plan.rank());
+            prop_assert_eq!(&received, &needed);
+            let estimate = CommunicationEstimate::new(&plan);
+            prop_assert_eq!(estimate.forward_received, needed.len() as u64 * spec.row_bytes());
+            prop_assert_eq!(
+                estimate.received_per_branch.iter().sum::<u64>(),
+                estimate.forward_received
+            );
+        }
+    }
+
+    #[test]
+    fn every_send_has_its_receive(spec in cases::any_spec(60)) {
+        let plans = plans(&spec);
+        let mut sends = BTreeMap::new();
+        let mut receives = BTreeMap::new();
+        for plan in &plans {
+            let mut before = 0;
+            for exchange in plan.exchanges() {
+                prop_assert!(exchange.distance > before, "hops ascend");
+                before = exchange.distance;
+                if let Some(message) = &exchange.send {
+                    let own_keys = positions(&spec, plan.rank(), true);
+                    for run in message.rows.iter().flat_map(|entry| &entry.runs) {
+                        check_rows(run, &own_keys);
+                    }
+                    sends.insert((plan.rank(), message.peer, exchange.distance), message.rows.clone());
+                }
+                if let Some(message) = &exchange.receive {
+                    receives.insert((message.peer, plan.rank(), exchange.distance), message.rows.clone());
+                }
+            }
+        }
+        prop_assert_eq!(sends, receives);
+    }
+
+    #[test]
+    fn a_plan_survives_being_written_and_read(spec in cases::any_spec(60)) {
+        let plan = Plan::new(&spec, spec.world_size - 1).unwrap();
+        let text = serde_json::to_string(&plan).unwrap();
+        prop_assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), plan);
+    }
+}
+
+fn spec(
+    pattern: Pattern,
+    heads: usize,
+    length: usize,
+    sharding: Sharding,
+    ranks: usize,
+) -> AttentionSpec {
+    let shape = Shape {
+        batch: 1,
+        query_heads: heads,
+        kv_heads: heads,
+        head_dim: 4,
+    };
+    AttentionSpec::new(pattern, shape, length)
+        .unwrap()
+        .sharded(sharding, ranks)
+        .unwrap()
+}
+
+#[test]
+fn longnet_patterns_receive_exactly_the_lower_bound() {
+    for (length, ranks, lengths, rates) in [
+        (1024, 4, vec![64, 512, 1024], vec![1, 2, 4]),
+        (1024, 8, vec![256, 512, 1024], vec![1, 2, 8]),
+        (4096, 4, vec![128, 256, 512], vec![1, 2, 4]),
+        (4096, 16, vec![512, 1024, 4096], vec![1, 4, 16]),
+    ] {
+        let heads = *rates.last().unwrap();
+        let spec = spec(
+            Pattern::dilated(&lengths, &rates).unwrap(),
+            heads,
+            length,
+            Sharding::Contiguous,
+            ranks,
+        );
+        let shard = length / ranks;
+        let mut rows = 0;
+        let mut before = 0;
+        for (&w, &r) in lengths.iter().zip(&rates) {
+            if w > shard {
+                rows += (w - shard.max(before)) / r;
+            }
+            before = w;
+        }
+        let v_min = rows as u64 * heads as u64 * spec.row_bytes();
+        for plan in plans(&spec) {
+            assert_eq!(CommunicationEstimate::new(&plan).forward_received, v_min);
+        }
+    }
+}
+
+#[test]
+fn full_attention_takes_one_hop_less_than_ranks_of_one_shard_each() {
+    for sharding in [Sharding::Contiguous, Sharding::Zigzag] {
+        let spec = spec(Pattern::full(), 2, 96, sharding, 6);
+        for plan in plans(&spec) {
+            let estimate = CommunicationEstimate::new(&plan);
+            assert_eq!(estimate.hops, 5);
+            assert_eq!(
+                estimate.forward_received,
+                5 * (96 / 6) * 2 * spec.row_bytes()
+            );
+        }
+    }
+}
+
+#[test]
+fn causal_contiguous_receives_nothing_from_the_future() {
+    let spec = spec(Pattern::full().causal(), 1, 40, Sharding::Contiguous, 4);
+    let received: Vec<u64> = plans(&spec)
+        .iter()
+        .map(|plan| CommunicationEstimate::new(plan).forward_received / spec.row_bytes())
+        .collect();
+    assert_eq!(received, [0, 10, 20, 30]);
+}
+
+#[test]
+fn segments_within_a_shard_need_nobody() {
+    let pattern = Pattern::dilated(&[16, 32], &[1, 2]).unwrap().causal();
+    for plan in plans(&spec(pattern, 4, 256, Sharding::Contiguous, 8)) {
+        assert_eq!(plan.exchanges().count(), 0);
+        assert_eq!(plan.steps().len(), 1);
+    }
+}
+
+#[test]
+fn the_size_of_a_plan_does_not_depend_on_the_length() {
+    let size = |scale: usize| {
+        let pattern = Pattern::dilated(&[2048, 8192, 32768 * scale], &[1, 4, 16])
+            .unwrap()
+            .causal();
+        let spec = spec(pattern, 16, 65536 * scale, Sharding::Zigzag, 8);
+        serde_json::to_string(&Plan::new(&spec, 3).unwrap())
+            .unwrap()
+            .len()
+    };
+    let (small, large) = (size(1), size(4096));
+    assert!(
+        large < 2 * small,
+        "{small} bytes at 64K, {large} at 256M positions"
+    );
+}
+
+#[test]
+fn zigzag_balances_causal_work() {
+    let spec = spec(Pattern::full().causal(), 2, 8192, Sharding::Zigzag, 8);
+    let work: Vec<f64> = plans(&spec)
+        .iter()
+        .map(|plan| plan.pairs() as f64)
+        .collect();
+    let mean = work.iter().sum::<f64>() / work.len() as f64;
+    assert!(
+        work.iter().all(|pairs| (pairs / mean - 1.0).abs() < 0.01),
+        "{work:?}"
+    );
+}
+
+#[test]
+fn impossible_computations_are_refused() {
+    let shape = Shape {
+        batch: 1,
+        query_heads: 3,
+        kv_heads: 2,
+        head_dim: 4,
+    };
+    assert!(AttentionSpec::new(Pattern::full(), shape, 8).is_err());
+    let shape = Shape {
+        kv_heads: 0,
+        ..shape
+    };
+    assert!(AttentionSpec::new(Pattern::full(), shape, 8).is_err());
+    let shape = Shape {
+        kv_heads: 3,
+        head_dim: 0,
+        ..shape
+    };
+    assert!(AttentionSpec::new(Pattern::full(), shape, 8).is_err());
+    let shape = Shape {
+        head_dim: 4,
+        ..shape
+    };
+    let good = AttentionSpec::new(Pattern::full(), shape, 8).unwrap();
+    assert!(good.clone().with_scale(f32::NAN).is_err());
+    assert!(good.clone().sharded(Sharding::Zigzag, 0).is_err());
+    assert!(good.clone().with_lengths(usize::MAX, 8).is_err());
+    assert!(Plan::new(&good, 1).is_err());
+}

@@ -1,0 +1,242 @@
+//! What a kernel is asked to compute: blocks of (query rows x key rows), described by numbers, never by gathered copies.
+
+use ring_comm::buffer::Buffer;
+use serde::{Deserialize, Serialize};
+
+/// Sizes of one attention problem as one rank sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Problem {
+    /// Batch size.
+    pub batch: usize,
+    /// Query heads.
+    pub query_heads: usize,
+    /// Key/value heads; divides `query_heads`. Query head `h` uses key/value head `h / (query_heads / kv_heads)`.
+    pub kv_heads: usize,
+    /// Elements of one head.
+    pub head_dim: usize,
+    /// Query rows this rank owns.
+    pub queries: usize,
+    /// Key/value rows this rank owns.
+    pub keys: usize,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// Which pairs inside a block count.
+    pub mask: Mask,
+}
+
+impl Problem {
+    /// Query heads that share one key/value head.
+    pub fn group_size(&self) -> usize {
+        self.query_heads / self.kv_heads
+    }
+}
+
+/// Which pairs of global positions a block admits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Mask {
+    /// Every pair.
+    #[default]
+    None,
+    /// Keys at the query's position or before it.
+    Causal,
+}
+
+/// An arithmetic progression of rows, with the global positions they stand at.
+///
+/// Row `i` (`0 <= i < count`) is local row `first_row + i * row_step` and stands at global position
+/// `first_position + i * position_step`. Steps are positive; positions may be negative (queries before the first key).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Rows {
+    /// Local index of the first row.
+    pub first_row: usize,
+    /// Distance of neighbouring rows in local memory.
+    pub row_step: usize,
+    /// Number of rows.
+    pub count: usize,
+    /// Global position of the first row.
+    pub first_position: i64,
+    /// Distance of neighbouring rows in global positions.
+    pub position_step: i64,
+}
+
+impl Rows {
+    /// Global position of row `i`.
+    pub fn position(&self, i: usize) -> i64 {
+        self.first_position + i as i64 * self.position_step
+    }
+
+    /// Local index of row `i`.
+    pub fn row(&self, i: usize) -> usize {
+        self.first_row + i * self.row_step
+    }
+}
+
+/// Attention of some query rows to some key rows. Every admitted pair counts once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Block {
+    /// Rows of the rank's own queries.
+    pub queries: Rows,
+    /// Rows of the key/value source: the rank's own, or a slot that came from another rank.
+    pub keys: Rows,
+}
+
+/// Blocks that a set of key/value heads has in common (and all query heads that use them).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeadBlocks {
+    /// Key/value heads.
+    pub kv_heads: Vec<usize>,
+    /// Their blocks. Blocks may share query rows and key rows: the same pair in two blocks counts twice.
+    pub blocks: Vec<Block>,
+}
+
+/// Where the rows of a `[batch, heads, rows, head_dim]` tensor lie in memory, in elements.
+///
+/// Element `d` of row `n` of head `h` of batch `b` is at `b * batch_stride + head_base[h] + n * row_stride + d`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RowLayout {
+    /// Distance of neighbouring batch entries.
+    pub batch_stride: usize,
+    /// Start of every head.
+    pub head_base: Vec<usize>,
+    /// Distance of neighbouring rows.
+    pub row_stride: usize,
+}
+
+impl RowLayout {
+    /// A contiguous `[batch, heads, rows, head_dim]` tensor.
+    pub fn contiguous(heads: usize, rows: usize, head_dim: usize) -> Self {
+        Self {
+            batch_stride: heads * rows * head_dim,
+            head_base: (0..heads).map(|head| head * rows * head_dim).collect(),
+            row_stride: head_dim,
+        }
+    }
+
+    /// Start of row `row`.
+    pub fn offset(&self, batch: usize, head: usize, row: usize) -> usize {
+        batch * self.batch_stride + self.head_base[head] + row * self.row_stride
+    }
+}
+
+/// A borrowed tensor `[batch, heads, rows, head_dim]` whose last dimension is contiguous.
+pub struct Tensor<'a, B: Buffer> {
+    /// The elements.
+    pub data: B::View<'a>,
+    /// Where the rows lie.
+    pub layout: &'a RowLayout,
+}
+
+impl<B: Buffer> Clone for Tensor<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Buffer> Copy for Tensor<'_, B> {}
+
+impl<'a, B: Buffer> Tensor<'a, B> {
+    /// The same tensor, borrowed for a shorter time.
+    pub fn shorten<'short>(self) -> Tensor<'short, B>
+    where
+        'a: 'short,
+    {
+        Tensor {
+            data: B::shorten(self.data),
+            layout: self.layout,
+        }
+    }
+}
+
+/// Where the keys and values of a block come from.
+pub enum KeyValue<'a, B: Buffer> {
+    /// The rank's own tensors.
+    Own {
+        /// Keys.
+        key: Tensor<'a, B>,
+        /// Values.
+        value: Tensor<'a, B>,
+    },
+    /// A packed slot: the first half of the buffer holds keys, the second half values, both laid out by `layout`.
+    Slot {
+        /// The slot.
+        slot: &'a B,
+        /// Where the rows lie within each half.
+        layout: &'a RowLayout,
+    },
+}
+
+/// Where the f32 gradients of a block's keys and values are added to.
+pub enum KeyValueGradient<'a, B: Buffer> {
+    /// Contiguous `[batch, kv_heads, keys, head_dim]` tensors.
+    Own {
+        /// Gradient of the keys.
+        key: &'a mut B,
+        /// Gradient of the values.
+        value: &'a mut B,
+    },
+    /// A slot of the same layout as the packed keys and values: gradients of keys first, then of values.
+    Slot {
+        /// The slot.
+        slot: &'a mut B,
+        /// Where the rows lie within each half.
+        layout: &'a RowLayout,
+    },
+}
+
+/// Rows that travel for a set of key/value heads, in the order in which they are packed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeadRows {
+    /// Key/value heads.
+    pub kv_heads: Vec<usize>,
+    /// Rows of the owner's local tensor; no row occurs twice.
+    pub runs: Vec<Rows>,
+}
+
+impl HeadRows {
+    /// Rows of one head.
+    pub fn count(&self) -> usize {
+        self.runs.iter().map(|run| run.count).sum()
+    }
+}
+
+/// The rows of one message, and how they lie in it.
+///
+/// The message holds keys in its first half and values in its second. A half is ordered by batch, then by key/value head,
+/// then by the runs of that head. A head that is in no entry of `rows` has no rows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PackedRows {
+    /// What is packed.
+    pub rows: Vec<HeadRows>,
+    /// Where it lies within each half.
+    pub layout: RowLayout,
+    /// Elements of the whole message: both halves, all batch entries.
+    pub len: usize,
+}
+
+impl PackedRows {
+    /// Lays out `rows` for a problem.
+    pub fn new(problem: &Problem, rows: Vec<HeadRows>) -> Self {
+        let mut counts = vec![0; problem.kv_heads];
+        for entry in &rows {
+            for &head in &entry.kv_heads {
+                counts[head] = entry.count();
+            }
+        }
+        let mut head_base = Vec::with_capacity(counts.len());
+        let mut total = 0;
+        for count in counts {
+            head_base.push(total * problem.head_dim);
+            total += count;
+        }
+        let batch_stride = total * problem.head_dim;
+        Self {
+            rows,
+            layout: RowLayout {
+                batch_stride,
+                head_base,
+                row_stride: problem.head_dim,
+            },
+            len: 2 * problem.batch * batch_stride,
+        }
+    }
+}

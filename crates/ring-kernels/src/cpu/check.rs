@@ -1,0 +1,342 @@
+//! Validation: after it, every index a kernel forms lies inside its buffer.
+
+use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
+
+use super::rows::blocks_of;
+use super::tile::HostTensor;
+use crate::{HeadBlocks, KernelError, KeyValue, PackedRows, Problem, RowLayout, Rows};
+
+/// The sizes of a problem, known not to overflow.
+pub(super) struct Sizes {
+    /// Query rows of all heads and batch entries.
+    pub(super) query_rows: usize,
+    /// Elements of all of them.
+    pub(super) query_elements: usize,
+    /// Elements of the key rows of all key/value heads and batch entries.
+    pub(super) key_elements: usize,
+}
+
+fn invalid<T>(message: String) -> Result<T, KernelError> {
+    Err(KernelError::Invalid(message))
+}
+
+fn product(factors: &[usize]) -> Result<usize, KernelError> {
+    factors
+        .iter()
+        .try_fold(1usize, |product, &factor| product.checked_mul(factor))
+        .ok_or_else(|| {
+            KernelError::Invalid(format!("the product of the sizes {factors:?} overflows"))
+        })
+}
+
+/// Checks that the sizes fit together and in memory.
+pub(super) fn problem(problem: &Problem) -> Result<Sizes, KernelError> {
+    let Problem {
+        batch,
+        query_heads,
+        kv_heads,
+        head_dim,
+        queries,
+        keys,
+        ..
+    } = *problem;
+    if head_dim == 0 {
+        return invalid("the head size is 0; it must be at least 1".into());
+    }
+    if kv_heads == 0 || query_heads % kv_heads != 0 {
+        return invalid(format!(
+            "{query_heads} query heads cannot share {kv_heads} key/value heads evenly; the number of query heads must be a multiple"
+        ));
+    }
+    let query_rows = product(&[batch, query_heads, queries])?;
+    Ok(Sizes {
+        query_rows,
+        query_elements: product(&[query_rows, head_dim])?,
+        key_elements: product(&[batch, kv_heads, keys, head_dim])?,
+    })
+}
+
+/// Checks that a buffer holds at least `expected` elements.
+pub(super) fn size(what: &'static str, got: usize, expected: usize) -> Result<(), KernelError> {
+    if got < expected {
+        return Err(KernelError::Size {
+            what,
+            got,
+            expected,
+        });
+    }
+    Ok(())
+}
+
+/// Checks the element type of a buffer.
+pub(super) fn dtype(what: &'static str, got: DType, expected: DType) -> Result<(), KernelError> {
+    if got != expected {
+        return Err(KernelError::DType {
+            what,
+            got,
+            expected: expected.to_string(),
+        });
+    }
+    Ok(())
+}
+
+/// The first `len` elements of an f32 view.
+pub(super) fn f32s<'a>(
+    what: &'static str,
+    view: HostView<'a>,
+    len: usize,
+) -> Result<&'a [f32], KernelError> {
+    size(what, view.len(), len)?;
+    match view {
+        HostView::F32(values) => Ok(&values[..len]),
+        other => Err(KernelError::DType {
+            what,
+            got: other.dtype(),
+            expected: "f32".into(),
+        }),
+    }
+}
+
+/// The first `len` elements of an f32 buffer, for writing.
+pub(super) fn f32s_mut<'a>(
+    what: &'static str,
+    buffer: &'a mut HostBuffer,
+    len: usize,
+) -> Result<&'a mut [f32], KernelError> {
+    dtype(what, buffer.dtype(), DType::F32)?;
+    size(what, buffer.len(), len)?;
+    match buffer {
+        HostBuffer::F32(values) => Ok(&mut values[..len]),
+        _ => unreachable!("the element type was checked"),
+    }
+}
+
+/// Elements that a layout spans for the given number of rows of every head.
+fn span(
+    layout: &RowLayout,
+    batch: usize,
+    rows: &[usize],
+    head_dim: usize,
+) -> Result<usize, KernelError> {
+    if layout.head_base.len() < rows.len() {
+        return invalid(format!(
+            "the layout places {} heads, {} are needed",
+            layout.head_base.len(),
+            rows.len()
+        ));
+    }
+    let end = |base: usize, rows: usize| {
+        let last_batch = layout.batch_stride.checked_mul(batch - 1)?;
+        let last_row = layout.row_stride.checked_mul(rows - 1)?;
+        last_batch
+            .checked_add(base)?
+            .checked_add(last_row)?
+            .checked_add(head_dim)
+    };
+    let mut span = 0;
+    for (&base, &rows) in layout.head_base.iter().zip(rows) {
+        if batch > 0 && rows > 0 {
+            let Some(end) = end(base, rows) else {
+                return invalid(format!("the layout {layout:?} overflows"));
+            };
+            span = span.max(end);
+        }
+    }
+    Ok(span)
+}
+
+/// Checks that a tensor holds `rows[h]` rows of every head `h`.
+pub(super) fn tensor(
+    what: &'static str,
+    tensor: HostTensor<'_>,
+    problem: &Problem,
+    rows: &[usize],
+) -> Result<(), KernelError> {
+    let span = span(tensor.layout, problem.batch, rows, problem.head_dim)?;
+    size(what, tensor.data.len(), span)
+}
+
+/// Checks a tensor of the problem's queries.
+pub(super) fn query_tensor(
+    what: &'static str,
+    of: HostTensor<'_>,
+    problem: &Problem,
+) -> Result<(), KernelError> {
+    tensor(
+        what,
+        of,
+        problem,
+        &vec![problem.queries; problem.query_heads],
+    )
+}
+
+/// Checks a tensor of the problem's own keys or values.
+pub(super) fn key_tensor(
+    what: &'static str,
+    of: HostTensor<'_>,
+    problem: &Problem,
+) -> Result<(), KernelError> {
+    tensor(what, of, problem, &vec![problem.keys; problem.kv_heads])
+}
+
+/// Checks that the gradients of `rows[h]` rows of every head fit into `len` elements, and that rows do not overlap.
+pub(super) fn gradient_layout(
+    problem: &Problem,
+    layout: &RowLayout,
+    rows: &[usize],
+    len: usize,
+) -> Result<(), KernelError> {
+    if layout.row_stride < problem.head_dim {
+        return invalid(format!(
+            "gradient rows of {} elements overlap at a row stride of {}",
+            problem.head_dim, layout.row_stride
+        ));
+    }
+    size(
+        "gradient",
+        len,
+        span(layout, problem.batch, rows, problem.head_dim)?,
+    )
+}
+
+/// One more than the last row; 0 for no rows.
+fn end(what: &str, rows: &Rows) -> Result<usize, KernelError> {
+    if rows.count == 0 {
+        return Ok(0);
+    }
+    let steps = rows.count - 1;
+    if steps > 0 && (rows.row_step == 0 || rows.position_step < 1) {
+        return invalid(format!("{what}: {rows:?} has a step that is not positive"));
+    }
+    let last_position = i64::try_from(steps)
+        .ok()
+        .and_then(|steps| steps.checked_mul(rows.position_step))
+        .and_then(|distance| rows.first_position.checked_add(distance));
+    let last_row = rows
+        .row_step
+        .checked_mul(steps)
+        .and_then(|distance| rows.first_row.checked_add(distance));
+    match (last_position, last_row.and_then(|last| last.checked_add(1))) {
+        (Some(_), Some(end)) => Ok(end),
+        _ => invalid(format!("{what}: {rows:?} overflows")),
+    }
+}
+
+fn inside(what: &str, end: usize, owned: usize) -> Result<(), KernelError> {
+    if end > owned {
+        return invalid(format!(
+            "{what} reach to row {}, but there are {owned} rows",
+            end - 1
+        ));
+    }
+    Ok(())
+}
+
+fn heads(listed: &[usize], kv_heads: usize) -> Result<(), KernelError> {
+    match listed.iter().find(|&&head| head >= kv_heads) {
+        Some(head) => invalid(format!(
+            "key/value head {head} is listed, but there are {kv_heads}"
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Checks the blocks; returns for every key/value head how many rows its key source must have.
+pub(super) fn blocks(problem: &Problem, blocks: &[HeadBlocks]) -> Result<Vec<usize>, KernelError> {
+    for entry in blocks {
+        heads(&entry.kv_heads, problem.kv_heads)?;
+        for block in &entry.blocks {
+            inside(
+                "the queries of a block",
+                end("queries", &block.queries)?,
+                problem.queries,
+            )?;
+            end("keys", &block.keys)?;
+        }
+    }
+    (0..problem.kv_heads)
+        .map(|head| {
+            blocks_of(blocks, head)
+                .try_fold(0, |rows, block| Ok(rows.max(end("keys", &block.keys)?)))
+        })
+        .collect()
+}
+
+/// Checks the key/value source of blocks that need `rows[h]` rows of head `h`; returns its keys and its values.
+pub(super) fn key_value<'a>(
+    problem: &Problem,
+    key_value: &KeyValue<'a, HostBuffer>,
+    expected: DType,
+    rows: &[usize],
+) -> Result<(HostTensor<'a>, HostTensor<'a>), KernelError> {
+    let (key, value) = match *key_value {
+        KeyValue::Own { key, value } => {
+            for &rows in rows {
+                inside("the keys of a block", rows, problem.keys)?;
+            }
+            (key.into(), value.into())
+        }
+        KeyValue::Slot { slot, layout } => {
+            let (key, value) = halves(slot.view());
+            (
+                HostTensor { data: key, layout },
+                HostTensor {
+                    data: value,
+                    layout,
+                },
+            )
+        }
+    };
+    for (what, part) in [("key", key), ("value", value)] {
+        dtype(what, part.data.dtype(), expected)?;
+        tensor(what, part, problem, rows)?;
+    }
+    Ok((key, value))
+}
+
+fn halves(view: HostView<'_>) -> (HostView<'_>, HostView<'_>) {
+    fn split<T>(values: &[T]) -> (&[T], &[T]) {
+        values.split_at(values.len() / 2)
+    }
+    match view {
+        HostView::F32(values) => {
+            let (key, value) = split(values);
+            (HostView::F32(key), HostView::F32(value))
+        }
+        HostView::F16(values) => {
+            let (key, value) = split(values);
+            (HostView::F16(key), HostView::F16(value))
+        }
+        HostView::BF16(values) => {
+            let (key, value) = split(values);
+            (HostView::BF16(key), HostView::BF16(value))
+        }
+    }
+}
+
+/// Checks the rows of a message: that the owner has them, and that the message has room for them.
+pub(super) fn packed_rows(problem: &Problem, packed: &PackedRows) -> Result<(), KernelError> {
+    let mut counts = vec![0usize; problem.kv_heads];
+    for entry in &packed.rows {
+        heads(&entry.kv_heads, problem.kv_heads)?;
+        let mut count = 0usize;
+        for run in &entry.runs {
+            inside(
+                "the rows of a message",
+                end("rows of a message", run)?,
+                problem.keys,
+            )?;
+            count = count.saturating_add(run.count);
+        }
+        for &head in &entry.kv_heads {
+            if counts[head] > 0 && count > 0 {
+                return invalid(format!(
+                    "key/value head {head} is listed twice in one message"
+                ));
+            }
+            counts[head] = counts[head].max(count);
+        }
+    }
+    let span = span(&packed.layout, problem.batch, &counts, problem.head_dim)?;
+    size("half a message", packed.len / 2, span)
+}

@@ -1,0 +1,1063 @@
+//! The CPU kernels against the oracle.
+
+use half::{bf16, f16};
+use proptest::prelude::*;
+use pulp::Arch;
+use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
+
+use super::oracle::{self, Answer, Inputs};
+use super::threads::Threads;
+use super::{CpuKernels, backward, forward};
+use crate::*;
+
+/// Order of a tensor in memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Order {
+    /// `[batch, heads, rows, head_dim]`
+    HeadsFirst,
+    /// `[batch, rows, heads, head_dim]`
+    RowsFirst,
+}
+
+impl Order {
+    fn layout(self, heads: usize, rows: usize, head_dim: usize) -> RowLayout {
+        match self {
+            Order::HeadsFirst => RowLayout::contiguous(heads, rows, head_dim),
+            Order::RowsFirst => RowLayout {
+                batch_stride: heads * rows * head_dim,
+                head_base: (0..heads).map(|head| head * head_dim).collect(),
+                row_stride: heads * head_dim,
+            },
+        }
+    }
+}
+
+/// A problem with random inputs.
+struct Case {
+    problem: Problem,
+    blocks: Vec<HeadBlocks>,
+    order: Order,
+    dtype: DType,
+    /// Multiplies queries: how large scores get.
+    temperature: f32,
+    output_scale: f32,
+}
+
+/// A tensor as kernels see it, and as the oracle does.
+struct Operand {
+    buffer: HostBuffer,
+    layout: RowLayout,
+    exact: Vec<f64>,
+}
+
+impl Operand {
+    fn tensor(&self) -> Tensor<'_, HostBuffer> {
+        Tensor {
+            data: self.buffer.view(),
+            layout: &self.layout,
+        }
+    }
+}
+
+struct Operands {
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    grad_output: Operand,
+    grad_log_sum_exp: HostBuffer,
+}
+
+/// Uniform in -1..1 (xorshift).
+fn random(seed: u64) -> impl FnMut() -> f32 {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+}
+
+fn rounded(values: Vec<f32>, dtype: DType) -> HostBuffer {
+    match dtype {
+        DType::F32 => HostBuffer::F32(values),
+        DType::F16 => HostBuffer::F16(values.into_iter().map(f16::from_f32).collect()),
+        DType::BF16 => HostBuffer::BF16(values.into_iter().map(bf16::from_f32).collect()),
+    }
+}
+
+fn widened(buffer: &HostBuffer) -> Vec<f64> {
+    match buffer {
+        HostBuffer::F32(values) => values.iter().map(|&x| x.into()).collect(),
+        HostBuffer::F16(values) => values.iter().map(|&x| x.into()).collect(),
+        HostBuffer::BF16(values) => values.iter().map(|&x| x.into()).collect(),
+    }
+}
+
+impl Case {
+    fn new(problem: Problem, blocks: Vec<HeadBlocks>) -> Self {
+        Self {
+            problem,
+            blocks,
+            order: Order::HeadsFirst,
+            dtype: DType::F32,
+            temperature: 2.0,
+            output_scale: 1.0,
+        }
+    }
+
+    fn operand(&self, heads: usize, rows: usize, seed: u64, factor: f32) -> Operand {
+        let Problem {
+            batch, head_dim, ..
+        } = self.problem;
+        let mut random = random(seed);
+        let values = (0..batch * heads * rows * head_dim)
+            .map(|_| factor * random())
+            .collect();
+        let buffer = rounded(values, self.dtype);
+        let layout = self.order.layout(heads, rows, head_dim);
+        let memory = widened(&buffer);
+        let mut exact = Vec::with_capacity(memory.len());
+        for batch in 0..batch {
+            for head in 0..heads {
+                for row in 0..rows {
+                    let start = layout.offset(batch, head, row);
+                    exact.extend_from_slice(&memory[start..start + head_dim]);
+                }
+            }
+        }
+        Operand {
+            buffer,
+            layout,
+            exact,
+        }
+    }
+
+    fn operands(&self) -> Operands {
+        let Problem {
+            batch,
+            query_heads,
+            kv_heads,
+            queries,
+            keys,
+            ..
+        } = self.problem;
+        let mut random = random(5);
+        Operands {
+            query: self.operand(query_heads, queries, 1, self.temperature),
+            key: self.operand(kv_heads, keys, 2, 1.0),
+            value: self.operand(kv_heads, keys, 3, 1.0),
+            grad_output: self.operand(query_heads, queries, 4, 1.0),
+            grad_log_sum_exp: HostBuffer::F32(
+                (0..batch * query_heads * queries)
+                    .map(|_| random())
+                    .collect(),
+            ),
+        }
+    }
+
+    fn oracle(&self) -> Answer {
+        let operands = self.operands();
+        let inputs = Inputs {
+            query: operands.query.exact,
+            key: operands.key.exact,
+            value: operands.value.exact,
+            grad_output: operands.grad_output.exact,
+            grad_log_sum_exp: widened(&operands.grad_log_sum_exp),
+        };
+        oracle::attention(
+            &self.problem,
+            &self.blocks,
+            &inputs,
+            self.output_scale.into(),
+        )
+    }
+
+    /// All blocks in one call.
+    fn run(&self, kernels: &CpuKernels) -> Result<Computed, KernelError> {
+        self.run_hops(kernels, &[&self.blocks])
+    }
+
+    /// One call for each hop.
+    fn run_hops(
+        &self,
+        kernels: &CpuKernels,
+        hops: &[&[HeadBlocks]],
+    ) -> Result<Computed, KernelError> {
+        let problem = &self.problem;
+        let operands = self.operands();
+        let source = KeyValue::Own {
+            key: operands.key.tensor(),
+            value: operands.value.tensor(),
+        };
+        let mut state = kernels.start(problem)?;
+        for blocks in hops {
+            kernels.forward(
+                problem,
+                operands.query.tensor(),
+                &source,
+                blocks,
+                &mut state,
+            )?;
+        }
+        let (output, log_sum_exp) =
+            kernels.finish(problem, state, DType::F32, self.output_scale)?;
+        let delta = self.delta(kernels, &operands, &output, &log_sum_exp)?;
+        let inputs = BackwardInputs {
+            query: operands.query.tensor(),
+            grad_output: operands.grad_output.tensor(),
+            log_sum_exp: log_sum_exp.view(),
+            delta: &delta,
+        };
+        let zeros = |operand: &Operand| HostBuffer::zeros(DType::F32, operand.buffer.len());
+        let mut grad_query = zeros(&operands.query);
+        let (mut key, mut value) = (zeros(&operands.key), zeros(&operands.value));
+        for blocks in hops {
+            let own = KeyValueGradient::Own {
+                key: &mut key,
+                value: &mut value,
+            };
+            let scale = self.output_scale;
+            kernels.backward(
+                problem,
+                &inputs,
+                &source,
+                blocks,
+                scale,
+                &mut grad_query,
+                own,
+            )?;
+        }
+        Ok(Computed {
+            output,
+            log_sum_exp,
+            grad_query,
+            grad_key: key,
+            grad_value: value,
+        })
+    }
+
+    /// `Delta` takes output and output gradient of one type; here the output stays f32, so the gradient is widened.
+    fn delta(
+        &self,
+        kernels: &CpuKernels,
+        operands: &Operands,
+        output: &HostBuffer,
+        log_sum_exp: &HostBuffer,
+    ) -> Result<HostBuffer, KernelError> {
+        let grad: Vec<f32> = operands
+            .grad_output
+            .exact
+            .iter()
+            .map(|&x| x as f32)
+            .collect();
+        let Problem {
+            query_heads,
+            queries,
+            head_dim,
+            ..
+        } = self.problem;
+        let layout = RowLayout::contiguous(query_heads, queries, head_dim);
+        let grad_output = Tensor {
+            data: HostView::F32(&grad),
+            layout: &layout,
+        };
+        let grad_log_sum_exp = Some(operands.grad_log_sum_exp.view());
+        kernels.delta(
+            &self.problem,
+            output.view(),
+            grad_output,
+            log_sum_exp.view(),
+            grad_log_sum_exp,
+        )
+    }
+
+    /// Runs and compares with the oracle.
+    fn check(&self) -> Computed {
+        let computed = self.run(&CpuKernels::new(1).unwrap()).unwrap();
+        computed.check(&self.oracle());
+        computed
+    }
+}
+
+#[derive(Debug, PartialEq)]
+struct Computed {
+    output: HostBuffer,
+    log_sum_exp: HostBuffer,
+    grad_query: HostBuffer,
+    grad_key: HostBuffer,
+    grad_value: HostBuffer,
+}
+
+impl Computed {
+    fn check(&self, expected: &Answer) {
+        assert_close("output", &self.output, &expected.output);
+        assert_close("log_sum_exp", &self.log_sum_exp, &expected.log_sum_exp);
+        assert_close("grad_query", &self.grad_query, &expected.grad_query);
+        assert_close("grad_key", &self.grad_key, &expected.grad_key);
+        assert_close("grad_value", &self.grad_value, &expected.grad_value);
+    }
+
+    fn buffers(&self) -> [&HostBuffer; 5] {
+        [
+            &self.output,
+            &self.log_sum_exp,
+            &self.grad_query,
+            &self.grad_key,
+            &self.grad_value,
+        ]
+    }
+}
+
+/// Relative error in the Euclidean norm. Inputs are of the order of 1, so where a result cancels (a row with one key has no
+/// query gradient) its rounding errors are measured against a root mean square of 0.05.
+fn relative_error(got: &HostBuffer, expected: &[f64]) -> f64 {
+    let got = widened(got);
+    assert_eq!(got.len(), expected.len());
+    let (mut error, mut norm) = (0.0, 0.0);
+    for (&got, &expected) in got.iter().zip(expected) {
+        if expected.is_infinite() {
+            assert_eq!(got, expected);
+            continue;
+        }
+        error += (got - expected).powi(2);
+        norm += expected.powi(2);
+    }
+    let floor = 0.05 * (expected.len() as f64).sqrt();
+    if error == 0.0 {
+        0.0
+    } else {
+        error.sqrt() / norm.sqrt().max(floor)
+    }
+}
+
+#[track_caller]
+fn assert_close(what: &str, got: &HostBuffer, expected: &[f64]) {
+    let error = relative_error(got, expected);
+    assert!(error <= 5e-6, "{what}: relative error {error:e}");
+}
+
+fn problem(batch: usize, heads: (usize, usize), head_dim: usize, rows: (usize, usize)) -> Problem {
+    Problem {
+        batch,
+        query_heads: heads.0,
+        kv_heads: heads.1,
+        head_dim,
+        queries: rows.0,
+        keys: rows.1,
+        scale: 1.0 / (head_dim as f32).sqrt(),
+        mask: Mask::None,
+    }
+}
+
+fn causal(problem: Problem) -> Problem {
+    Problem {
+        mask: Mask::Causal,
+        ..problem
+    }
+}
+
+/// Rows at positions of the same numbers.
+fn rows(first: usize, step: usize, count: usize) -> Rows {
+    Rows {
+        first_row: first,
+        row_step: step,
+        count,
+        first_position: first as i64,
+        position_step: step as i64,
+    }
+}
+
+fn at(rows: Rows, first_position: i64, position_step: i64) -> Rows {
+    Rows {
+        first_position,
+        position_step,
+        ..rows
+    }
+}
+
+fn on_all_heads(problem: &Problem, blocks: &[(Rows, Rows)]) -> Vec<HeadBlocks> {
+    let blocks = blocks
+        .iter()
+        .map(|&(queries, keys)| Block { queries, keys })
+        .collect();
+    vec![HeadBlocks {
+        kv_heads: (0..problem.kv_heads).collect(),
+        blocks,
+    }]
+}
+
+fn full(problem: Problem) -> Case {
+    let block = (rows(0, 1, problem.queries), rows(0, 1, problem.keys));
+    Case::new(problem, on_all_heads(&problem, &[block]))
+}
+
+/// Blocks that share rows and pairs, stride over memory and positions differently, and reach below position 0.
+fn tangled(problem: Problem) -> Case {
+    let blocks = [
+        (rows(0, 1, 150), rows(0, 1, 140)),
+        (rows(1, 2, 70), rows(0, 3, 45)),
+        (at(rows(3, 1, 100), -20, 2), at(rows(10, 2, 60), -31, 3)),
+        (rows(1, 2, 70), rows(0, 3, 45)),
+    ];
+    Case::new(problem, on_all_heads(&problem, &blocks))
+}
+
+#[test]
+fn any_head_size_matches_the_oracle() {
+    for head_dim in [1, 3, 8, 20, 64, 80, 128] {
+        full(problem(1, (2, 2), head_dim, (70, 131))).check();
+        full(causal(problem(1, (2, 2), head_dim, (131, 131)))).check();
+    }
+}
+
+#[test]
+fn every_small_size_matches_the_oracle() {
+    for queries in [0, 1, 7, 63, 64, 65] {
+        for keys in [0, 1, 15, 17, 127, 128, 129, 257] {
+            full(problem(1, (1, 1), 5, (queries, keys))).check();
+            full(causal(problem(1, (1, 1), 5, (queries, keys)))).check();
+        }
+    }
+    full(problem(0, (2, 1), 8, (10, 10))).check();
+}
+
+#[test]
+fn shared_rows_count_with_their_multiplicity() {
+    tangled(problem(2, (2, 2), 16, (150, 140))).check();
+    tangled(causal(problem(2, (2, 2), 16, (150, 140)))).check();
+}
+
+#[test]
+fn query_heads_of_a_group_share_their_keys() {
+    let problem = causal(problem(2, (6, 2), 16, (150, 140)));
+    let mut case = tangled(problem);
+    case.blocks[0].kv_heads = vec![1];
+    case.blocks.push(HeadBlocks {
+        kv_heads: vec![0, 1],
+        blocks: vec![Block {
+            queries: rows(2, 4, 37),
+            keys: rows(1, 5, 28),
+        }],
+    });
+    case.check();
+}
+
+#[test]
+fn heads_without_blocks_get_nothing() {
+    let mut case = full(problem(1, (2, 2), 8, (20, 20)));
+    case.blocks[0].kv_heads = vec![1];
+    let computed = case.check();
+    let output = computed.output.as_f32().unwrap();
+    assert!(output[..20 * 8].iter().all(|&x| x == 0.0));
+    assert!(output[20 * 8..].iter().all(|&x| x != 0.0));
+}
+
+#[test]
+fn strided_memory_matches_the_oracle() {
+    let mut case = tangled(causal(problem(2, (4, 2), 20, (150, 140))));
+    case.order = Order::RowsFirst;
+    case.check();
+}
+
+#[test]
+fn half_precision_inputs_are_only_rounded_once() {
+    for dtype in [DType::F16, DType::BF16] {
+        let mut case = tangled(causal(problem(1, (4, 2), 20, (150, 140))));
+        case.dtype = dtype;
+        case.order = Order::RowsFirst;
+        case.check();
+    }
+}
+
+#[test]
+fn output_scale_reaches_output_and_gradients() {
+    let mut case = tangled(problem(1, (2, 1), 8, (150, 140)));
+    case.output_scale = 0.25;
+    case.check();
+}
+
+#[test]
+fn every_instruction_set_agrees_with_the_oracle() {
+    let mut archs = vec![Arch::Scalar];
+    #[cfg(target_arch = "x86_64")]
+    archs.extend(pulp::x86::V3::try_new().map(Arch::V3));
+    let case = tangled(causal(problem(1, (2, 2), 20, (150, 140))));
+    for arch in archs {
+        let kernels = CpuKernels {
+            arch,
+            threads: Threads::Caller,
+        };
+        case.run(&kernels).unwrap().check(&case.oracle());
+    }
+}
+
+#[test]
+fn hops_add_up_to_one_call() {
+    let case = tangled(causal(problem(1, (2, 2), 16, (150, 140))));
+    let single = |block: &Block| HeadBlocks {
+        kv_heads: vec![0, 1],
+        blocks: vec![*block],
+    };
+    let hops: Vec<Vec<HeadBlocks>> = case.blocks[0]
+        .blocks
+        .iter()
+        .rev()
+        .map(|block| vec![single(block)])
+        .collect();
+    let hops: Vec<&[HeadBlocks]> = hops.iter().map(Vec::as_slice).collect();
+    let computed = case.run_hops(&CpuKernels::new(1).unwrap(), &hops).unwrap();
+    computed.check(&case.oracle());
+}
+
+#[test]
+fn rows_without_keys_are_zero_and_never_nan() {
+    let problem = causal(problem(1, (1, 1), 8, (80, 40)));
+    // The first 30 queries stand before every key; the last 10 are in no block.
+    let block = (at(rows(0, 1, 70), -30, 1), rows(0, 1, 40));
+    let computed = Case::new(problem, on_all_heads(&problem, &[block])).check();
+    let log_sum_exp = computed.log_sum_exp.as_f32().unwrap();
+    for row in (0..30).chain(70..80) {
+        assert_eq!(log_sum_exp[row], f32::NEG_INFINITY);
+        for gradient in [&computed.output, &computed.grad_query] {
+            assert_eq!(gradient.as_f32().unwrap()[row * 8..(row + 1) * 8], [0.0; 8]);
+        }
+    }
+    assert!(log_sum_exp[30..70].iter().all(|x| x.is_finite()));
+}
+
+#[test]
+fn huge_scores_do_not_overflow() {
+    let mut case = tangled(causal(problem(1, (2, 2), 16, (150, 140))));
+    case.temperature = 3e4;
+    let computed = case.run(&CpuKernels::new(1).unwrap()).unwrap();
+    let expected = case.oracle();
+    let largest = expected
+        .log_sum_exp
+        .iter()
+        .filter(|x| x.is_finite())
+        .fold(0.0, |a: f64, b| a.max(b.abs()));
+    assert!(largest > 1e4);
+    for buffer in computed.buffers() {
+        assert!(widened(buffer).iter().all(|x| !x.is_nan()));
+    }
+    // Scores of 1e4 carry an error of 1e-3 in f32, and that is what the weights inherit.
+    assert!(relative_error(&computed.output, &expected.output) < 1e-2);
+    assert!(relative_error(&computed.log_sum_exp, &expected.log_sum_exp) < 1e-6);
+}
+
+#[test]
+fn nan_in_a_query_reaches_its_own_row_and_no_other() {
+    let problem = causal(problem(1, (1, 1), 8, (20, 20)));
+    let case = full(problem);
+    let mut operands = case.operands();
+    operands.query.buffer.as_f32_mut().unwrap()[7 * 8] = f32::NAN;
+    let kernels = CpuKernels::new(1).unwrap();
+    let source = KeyValue::Own {
+        key: operands.key.tensor(),
+        value: operands.value.tensor(),
+    };
+    let mut state = kernels.start(&problem).unwrap();
+    kernels
+        .forward(
+            &problem,
+            operands.query.tensor(),
+            &source,
+            &case.blocks,
+            &mut state,
+        )
+        .unwrap();
+    let (output, log_sum_exp) = kernels.finish(&problem, state, DType::F32, 1.0).unwrap();
+    for (i, row) in output.as_f32().unwrap().chunks_exact(8).enumerate() {
+        assert!(row.iter().all(|x| x.is_nan() == (i == 7)));
+        assert_eq!(log_sum_exp.as_f32().unwrap()[i].is_nan(), i == 7);
+    }
+}
+
+#[test]
+fn results_do_not_depend_on_the_number_of_threads() {
+    // 1 x 2 heads: two passes for 3 and 4 threads, one pass for 1 and 2.
+    for problem in [
+        problem(1, (2, 2), 24, (150, 140)),
+        causal(problem(1, (4, 2), 24, (150, 140))),
+    ] {
+        let case = tangled(problem);
+        let one = case.run(&CpuKernels::new(1).unwrap()).unwrap();
+        for threads in [2, 3, 4] {
+            assert_eq!(
+                one,
+                case.run(&CpuKernels::new(threads).unwrap()).unwrap(),
+                "{threads} threads"
+            );
+        }
+    }
+}
+
+#[test]
+fn one_head_on_many_threads_matches_the_oracle() {
+    let case = full(causal(problem(1, (1, 1), 16, (1000, 1000))));
+    case.run(&CpuKernels::new(3).unwrap())
+        .unwrap()
+        .check(&case.oracle());
+}
+
+/// Two runs of every head's rows, and the same rows as one block per run in slot order.
+fn packed_case(problem: &Problem) -> (PackedRows, Vec<HeadBlocks>, Vec<HeadBlocks>) {
+    let runs = [vec![rows(1, 3, 30), rows(100, 2, 15)], vec![rows(0, 2, 60)]];
+    let packed = runs.iter().enumerate().map(|(head, runs)| HeadRows {
+        kv_heads: vec![head],
+        runs: runs.clone(),
+    });
+    let packed = PackedRows::new(problem, packed.collect());
+    let queries = rows(0, 1, problem.queries);
+    let (mut own, mut slot) = (Vec::new(), Vec::new());
+    for (head, runs) in runs.iter().enumerate() {
+        let mut start = 0;
+        for run in runs {
+            let in_slot = at(
+                rows(start, 1, run.count),
+                run.first_position,
+                run.position_step,
+            );
+            start += run.count;
+            let entry = |keys| HeadBlocks {
+                kv_heads: vec![head],
+                blocks: vec![Block { queries, keys }],
+            };
+            own.push(entry(*run));
+            slot.push(entry(in_slot));
+        }
+    }
+    (packed, own, slot)
+}
+
+#[test]
+fn packed_rows_give_what_own_rows_give() {
+    for (dtype, threads) in [(DType::F32, 1), (DType::BF16, 1), (DType::F16, 8)] {
+        let problem = causal(problem(2, (4, 2), 16, (130, 140)));
+        let (packed, own, slot_blocks) = packed_case(&problem);
+        let mut case = Case::new(problem, own);
+        (case.dtype, case.order) = (dtype, Order::RowsFirst);
+        let operands = case.operands();
+        let kernels = CpuKernels::new(threads).unwrap();
+        let expected = case.run(&kernels).unwrap();
+
+        let (key, value) = (operands.key.tensor(), operands.value.tensor());
+        let slot = kernels.pack(&problem, key, value, &packed, None).unwrap();
+        assert_eq!((slot.dtype(), slot.len()), (dtype, packed.len));
+        let source = KeyValue::Slot {
+            slot: &slot,
+            layout: &packed.layout,
+        };
+        let mut state = kernels.start(&problem).unwrap();
+        kernels
+            .forward(
+                &problem,
+                operands.query.tensor(),
+                &source,
+                &slot_blocks,
+                &mut state,
+            )
+            .unwrap();
+        let (output, log_sum_exp) = kernels.finish(&problem, state, DType::F32, 1.0).unwrap();
+        assert_eq!(
+            (&output, &log_sum_exp),
+            (&expected.output, &expected.log_sum_exp)
+        );
+
+        let delta = case
+            .delta(&kernels, &operands, &output, &log_sum_exp)
+            .unwrap();
+        let inputs = BackwardInputs {
+            query: operands.query.tensor(),
+            grad_output: operands.grad_output.tensor(),
+            log_sum_exp: log_sum_exp.view(),
+            delta: &delta,
+        };
+        let mut grad_query = HostBuffer::zeros(DType::F32, operands.query.buffer.len());
+        let mut grad_slot = HostBuffer::zeros(DType::F32, packed.len);
+        let grad = KeyValueGradient::Slot {
+            slot: &mut grad_slot,
+            layout: &packed.layout,
+        };
+        kernels
+            .backward(
+                &problem,
+                &inputs,
+                &source,
+                &slot_blocks,
+                1.0,
+                &mut grad_query,
+                grad,
+            )
+            .unwrap();
+        let mut grad_key = HostBuffer::zeros(DType::F32, operands.key.buffer.len());
+        let mut grad_value = grad_key.clone();
+        kernels
+            .add_rows(
+                &problem,
+                &grad_slot,
+                &packed,
+                &mut grad_key,
+                &mut grad_value,
+            )
+            .unwrap();
+        assert_eq!(grad_query, expected.grad_query);
+        assert_eq!(
+            (grad_key, grad_value),
+            (expected.grad_key, expected.grad_value)
+        );
+    }
+}
+
+#[test]
+fn a_message_is_keys_then_values_by_batch_head_and_run() {
+    let problem = problem(2, (2, 2), 1, (0, 4));
+    let numbers = |start: u8| HostBuffer::F32((0..16).map(|i| f32::from(start + i)).collect());
+    let (key, value) = (numbers(0), numbers(100));
+    let layout = RowLayout::contiguous(2, 4, 1);
+    let tensor = |data: &'static str| match data {
+        "key" => Tensor::<HostBuffer> {
+            data: key.view(),
+            layout: &layout,
+        },
+        _ => Tensor {
+            data: value.view(),
+            layout: &layout,
+        },
+    };
+    let runs = vec![rows(3, 1, 1), rows(0, 2, 2)];
+    let packed = PackedRows::new(
+        &problem,
+        vec![HeadRows {
+            kv_heads: vec![1],
+            runs,
+        }],
+    );
+    let kernels = CpuKernels::new(1).unwrap();
+    let reuse = Vec::with_capacity(64);
+    let memory = reuse.as_ptr();
+    let reuse = Some(HostBuffer::F32(reuse));
+    let message = kernels
+        .pack(&problem, tensor("key"), tensor("value"), &packed, reuse)
+        .unwrap();
+    let expected = [
+        7.0, 4.0, 6.0, 15.0, 12.0, 14.0, 107.0, 104.0, 106.0, 115.0, 112.0, 114.0,
+    ];
+    assert_eq!(message.as_f32().unwrap(), expected);
+    assert_eq!(
+        message.as_f32().unwrap().as_ptr(),
+        memory,
+        "the memory was not reused"
+    );
+
+    let (mut grad_key, mut grad_value) = (key.clone(), value.clone());
+    kernels
+        .add_rows(&problem, &message, &packed, &mut grad_key, &mut grad_value)
+        .unwrap();
+    for (got, before) in [(&grad_key, &key), (&grad_value, &value)] {
+        for (i, (got, before)) in got
+            .as_f32()
+            .unwrap()
+            .iter()
+            .zip(before.as_f32().unwrap())
+            .enumerate()
+        {
+            let travelled = i % 8 >= 4 && i % 4 != 1;
+            assert_eq!(*got, if travelled { 2.0 * before } else { *before });
+        }
+    }
+}
+
+#[test]
+fn allocate_zeroes_reused_memory() {
+    let kernels = CpuKernels::new(1).unwrap();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let used = rounded(vec![7.0; 10], dtype);
+        let buffer = kernels.allocate(dtype, 8, Some(used)).unwrap();
+        assert_eq!(buffer, HostBuffer::zeros(dtype, 8));
+        let other = kernels
+            .allocate(dtype, 3, Some(rounded(vec![7.0; 10], DType::F32)))
+            .unwrap();
+        assert_eq!(other, HostBuffer::zeros(dtype, 3));
+    }
+}
+
+#[test]
+fn refused_memory_is_an_error() {
+    let kernels = CpuKernels::new(1).unwrap();
+    let len = usize::MAX / 8;
+    let error = kernels.allocate(DType::F32, len, None).unwrap_err();
+    assert_eq!(error, KernelError::Allocation { bytes: len * 4 });
+    let huge = problem(1, (1, 1), 4, (1 << 57, 0));
+    assert!(matches!(
+        kernels.start(&huge).unwrap_err(),
+        KernelError::Allocation { .. }
+    ));
+}
+
+#[test]
+fn results_are_rounded_to_the_asked_type() {
+    let problem = problem(1, (1, 1), 4, (10, 10));
+    let case = full(problem);
+    let operands = case.operands();
+    let kernels = CpuKernels::new(1).unwrap();
+    let exact = case.run(&kernels).unwrap().output;
+    for dtype in [DType::F16, DType::BF16] {
+        let source = KeyValue::Own {
+            key: operands.key.tensor(),
+            value: operands.value.tensor(),
+        };
+        let mut state = kernels.start(&problem).unwrap();
+        kernels
+            .forward(
+                &problem,
+                operands.query.tensor(),
+                &source,
+                &case.blocks,
+                &mut state,
+            )
+            .unwrap();
+        let (output, log_sum_exp) = kernels.finish(&problem, state, dtype, 1.0).unwrap();
+        assert_eq!(output, rounded(exact.as_f32().unwrap().to_vec(), dtype));
+        assert_eq!(output, kernels.round(exact.clone(), dtype).unwrap());
+        assert_eq!(log_sum_exp.dtype(), DType::F32);
+    }
+    assert_eq!(kernels.round(exact.clone(), DType::F32).unwrap(), exact);
+    assert!(matches!(
+        kernels.round(HostBuffer::zeros(DType::F16, 1), DType::F16),
+        Err(KernelError::DType { .. })
+    ));
+}
+
+#[test]
+fn scratch_is_as_large_as_it_says() {
+    assert_eq!(
+        CpuKernels::scratch_bytes(64, 2),
+        2 * backward::scratch_bytes(64)
+    );
+    assert_eq!(
+        forward::scratch_bytes(64),
+        forward::Scratch::new(64).unwrap().bytes()
+    );
+    assert_eq!(
+        backward::scratch_bytes(64),
+        backward::Scratch::new(64).unwrap().bytes()
+    );
+}
+
+/// The error that a change of an otherwise good forward call causes.
+fn forward_error(change: impl FnOnce(&mut Case, &mut Operands)) -> KernelError {
+    let mut case = full(problem(1, (2, 2), 8, (20, 30)));
+    let mut operands = case.operands();
+    let kernels = CpuKernels::new(1).unwrap();
+    let mut state = kernels.start(&case.problem).unwrap();
+    change(&mut case, &mut operands);
+    let source = KeyValue::Own {
+        key: operands.key.tensor(),
+        value: operands.value.tensor(),
+    };
+    kernels
+        .forward(
+            &case.problem,
+            operands.query.tensor(),
+            &source,
+            &case.blocks,
+            &mut state,
+        )
+        .unwrap_err()
+}
+
+#[test]
+fn bad_arguments_are_typed_errors() {
+    let size = |error| matches!(error, KernelError::Size { .. });
+    let dtype = |error| matches!(error, KernelError::DType { .. });
+    let invalid = |error| matches!(error, KernelError::Invalid(_));
+    let key_rows = |case: &mut Case, keys| case.blocks[0].blocks[0].keys = keys;
+
+    assert!(size(forward_error(
+        |_, with| with.query.buffer = HostBuffer::zeros(DType::F32, 319)
+    )));
+    assert!(size(forward_error(
+        |_, with| with.value.buffer = HostBuffer::zeros(DType::F32, 479)
+    )));
+    assert!(size(forward_error(|case, _| case.problem.batch = 2)));
+    assert!(dtype(forward_error(
+        |_, with| with.key.buffer = HostBuffer::zeros(DType::F16, 480)
+    )));
+    assert!(invalid(forward_error(|case, _| case.problem.kv_heads = 0)));
+    assert!(invalid(forward_error(
+        |case, _| case.problem.query_heads = 3
+    )));
+    assert!(invalid(forward_error(|case, _| case.problem.head_dim = 0)));
+    assert!(invalid(forward_error(
+        |case, _| case.problem.queries = usize::MAX / 2
+    )));
+    assert!(invalid(forward_error(|case, _| case.blocks[0]
+        .kv_heads
+        .push(2))));
+    assert!(invalid(forward_error(|case, _| case.blocks[0].blocks[0]
+        .queries
+        .first_row = 1)));
+    assert!(invalid(forward_error(|case, _| key_rows(
+        case,
+        rows(0, 1, 31)
+    ))));
+    assert!(invalid(forward_error(|case, _| key_rows(
+        case,
+        rows(0, 0, 2)
+    ))));
+    assert!(invalid(forward_error(|case, _| key_rows(
+        case,
+        at(rows(0, 1, 2), 0, -1)
+    ))));
+    assert!(invalid(forward_error(|case, _| key_rows(
+        case,
+        at(rows(0, 1, 2), i64::MAX, 1)
+    ))));
+    assert!(invalid(forward_error(|case, _| key_rows(
+        case,
+        rows(1, usize::MAX, 2)
+    ))));
+    assert!(invalid(forward_error(|_, with| with
+        .query
+        .layout
+        .head_base
+        .truncate(1))));
+    assert!(invalid(forward_error(|_, with| with
+        .query
+        .layout
+        .row_stride =
+        usize::MAX)));
+    assert!(invalid(CpuKernels::new(0).unwrap_err()));
+}
+
+#[test]
+fn gradient_heads_that_overlap_are_refused() {
+    let problem = problem(1, (2, 2), 8, (20, 30));
+    let case = full(problem);
+    let operands = case.operands();
+    let kernels = CpuKernels::new(1).unwrap();
+    let rows = HostBuffer::zeros(DType::F32, 40);
+    let inputs = BackwardInputs {
+        query: operands.query.tensor(),
+        grad_output: operands.grad_output.tensor(),
+        log_sum_exp: rows.view(),
+        delta: &rows,
+    };
+    let source = KeyValue::Own {
+        key: operands.key.tensor(),
+        value: operands.value.tensor(),
+    };
+    for (layout, len) in [
+        (Order::RowsFirst.layout(2, 30, 8), 960),
+        (
+            RowLayout {
+                row_stride: 4,
+                ..RowLayout::contiguous(2, 30, 8)
+            },
+            960,
+        ),
+    ] {
+        let mut slot = HostBuffer::zeros(DType::F32, len);
+        let mut grad_query = HostBuffer::zeros(DType::F32, operands.query.buffer.len());
+        let grad = KeyValueGradient::Slot {
+            slot: &mut slot,
+            layout: &layout,
+        };
+        let error = kernels
+            .backward(
+                &problem,
+                &inputs,
+                &source,
+                &case.blocks,
+                1.0,
+                &mut grad_query,
+                grad,
+            )
+            .unwrap_err();
+        assert!(matches!(error, KernelError::Invalid(_)), "{error}");
+    }
+}
+
+#[test]
+fn messages_with_bad_rows_are_refused() {
+    let problem = problem(1, (2, 2), 8, (20, 30));
+    let operands = full(problem).operands();
+    let kernels = CpuKernels::new(1).unwrap();
+    let pack = |packed: &PackedRows| {
+        kernels.pack(
+            &problem,
+            operands.key.tensor(),
+            operands.value.tensor(),
+            packed,
+            None,
+        )
+    };
+    let entry = |kv_heads: &[usize], run| HeadRows {
+        kv_heads: kv_heads.to_vec(),
+        runs: vec![run],
+    };
+    let beyond = PackedRows::new(&problem, vec![entry(&[0], rows(0, 1, 31))]);
+    assert!(matches!(pack(&beyond), Err(KernelError::Invalid(_))));
+    let twice = PackedRows::new(
+        &problem,
+        vec![entry(&[0], rows(0, 1, 3)), entry(&[0], rows(5, 1, 3))],
+    );
+    assert!(matches!(pack(&twice), Err(KernelError::Invalid(_))));
+    let mut short = PackedRows::new(&problem, vec![entry(&[0, 1], rows(0, 1, 3))]);
+    short.len -= 2;
+    assert!(matches!(pack(&short), Err(KernelError::Size { .. })));
+}
+
+prop_compose! {
+    /// Rows among `limit` local rows, at any positions near 0.
+    fn any_rows(limit: usize)(
+        first_row in 0..limit,
+        row_step in 1usize..5,
+        first_position in -60i64..60,
+        position_step in 1i64..5,
+        share in 0.0..=1.0f64,
+    ) -> Rows {
+        let most = (limit - first_row).div_ceil(row_step);
+        let count = (share * most as f64).round() as usize;
+        Rows { first_row, row_step, count, first_position, position_step }
+    }
+}
+
+prop_compose! {
+    fn any_case()(
+        (batch, kv_heads, group) in (1usize..3, 1usize..4, 1usize..3),
+        (head_dim, queries, keys) in (1usize..20, 1usize..170, 1usize..170),
+        causal in any::<bool>(),
+        strided in any::<bool>(),
+    )(
+        blocks in prop::collection::vec((any_rows(queries), any_rows(keys), 0..kv_heads), 0..5),
+        problem in Just(Problem {
+            mask: if causal { Mask::Causal } else { Mask::None },
+            ..problem(batch, (group * kv_heads, kv_heads), head_dim, (queries, keys))
+        }),
+        order in Just(if strided { Order::RowsFirst } else { Order::HeadsFirst }),
+    ) -> Case {
+        let blocks = blocks.into_iter().map(|(queries, keys, first_head)| HeadBlocks {
+            kv_heads: (first_head..problem.kv_heads).collect(),
+            blocks: vec![Block { queries, keys }],
+        });
+        Case { order, ..Case::new(problem, blocks.collect()) }
+    }
+}
+
+impl std::fmt::Debug for Case {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?} {:?} {:?}", self.problem, self.order, self.blocks)
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn random_blocks_match_the_oracle(case in any_case(), threads in 1usize..4) {
+        case.run(&CpuKernels::new(threads).unwrap()).unwrap().check(&case.oracle());
+    }
+}

@@ -1,0 +1,1 @@
+//! Multi-head ring dilated attention, factory and LongNet model for Burn.

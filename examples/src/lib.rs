@@ -1,0 +1,1 @@
+//! Programs: train, attend, plan.
