@@ -242,7 +242,7 @@ impl Attention {
     ) -> Result<AttentionOutput, RingError> {
         let job = self
             .job(&query, &key, &value, ring)
-            .inspect_err(|error| ring.communicator().abort(&error.to_string()))?;
+            .inspect_err(|error| ring.tell_others(error))?;
         let (output, log_sum_exp) = Dispatch::ring_attention(
             query.into_dispatch(),
             key.into_dispatch(),

@@ -178,6 +178,13 @@ impl Ring {
             .shard_len(self.key_length, self.world_size(), self.rank())
     }
 
+    /// Ends the group because this rank cannot go on: its peers must not wait for it. Alone, nothing is lost by an error.
+    pub(crate) fn tell_others(&self, error: &RingError) {
+        if self.world_size() > 1 {
+            self.communicator.abort(&error.to_string());
+        }
+    }
+
     /// A computation over this group.
     pub(crate) fn spec(&self, base: AttentionSpec) -> Result<AttentionSpec, RingError> {
         Ok(base

@@ -328,7 +328,7 @@ where
                 .filter_map(|(rank, thread)| {
                     let message = thread
                         .join()
-                        .unwrap_or_else(|payload| Some(text(&payload)))?;
+                        .unwrap_or_else(|payload| Some(text(payload.as_ref())))?;
                     Some(WorkerFailure {
                         device_id: rank,
                         message,
@@ -360,7 +360,7 @@ where
 {
     let communicator = worker.ring.communicator().clone();
     let payload = catch_unwind(AssertUnwindSafe(|| worker.run(device, orders))).err()?;
-    let message = text(&payload);
+    let message = text(payload.as_ref());
     communicator.abort(&message);
     Some(message)
 }

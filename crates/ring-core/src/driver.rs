@@ -200,7 +200,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
                 rank,
                 ranks,
             };
-            communicator.abort(&error.to_string());
+            tell_others(communicator, &error);
             return Err(error);
         }
         communicator
@@ -222,7 +222,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
     /// Tells the other ranks if this one failed by itself; a failed exchange has told them already.
     fn end<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
         if let Err(error @ (Error::Kernel { .. } | Error::DType { .. })) = &result {
-            self.communicator.abort(&error.to_string());
+            tell_others(self.communicator, error);
         }
         result
     }
@@ -245,7 +245,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
                     &mut state,
                 ))?;
             }
-            spare = slot.take();
+            spare = self.keep_if_sending(slot.take(), index + 1);
             slot = self.wait(exchange, &mut spare)?;
         }
         let spec = self.plan.spec();
@@ -277,7 +277,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
             delta: &delta,
         };
         let mut gradients = self.zero_gradients()?;
-        let (mut slot, mut spare, mut spare_gradient) = (None, None, None);
+        let (mut slot, mut spare) = (None, None);
         let mut pending: Option<GradientHop<'_, B>> = None;
         for (index, step) in self.plan.steps().iter().enumerate() {
             let exchange = self.post(step, inputs, &mut spare)?;
@@ -285,17 +285,13 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
             let layout = self.slot_layout(index);
             let source = key_value(step, inputs.shorten(), slot.as_ref(), layout.as_ref());
             let outgoing = match (source, layout.as_ref()) {
-                (Some(source), layout) => self.step_gradients(
-                    step,
-                    &from_forward,
-                    &source,
-                    layout,
-                    &mut gradients,
-                    &mut spare_gradient,
-                )?,
+                (Some(source), layout) => {
+                    self.step_gradients(step, &from_forward, &source, layout, &mut gradients)?
+                }
                 (None, _) => None,
             };
-            self.take_home(homecoming, &mut gradients, &mut spare_gradient)?;
+            spare = self.keep_if_sending(slot.take(), index + 1);
+            self.take_home(homecoming, &mut gradients)?;
             if let Some(done) = self.exchange_before(index) {
                 let hop = GradientHop {
                     exchange: done,
@@ -305,10 +301,9 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
                     pending = Some(hop);
                 } else {
                     let homecoming = self.post_gradients(Some(hop))?;
-                    self.take_home(homecoming, &mut gradients, &mut spare_gradient)?;
+                    self.take_home(homecoming, &mut gradients)?;
                 }
             }
-            spare = slot.take();
             slot = self.wait(exchange, &mut spare)?;
         }
         let left_over = self
@@ -322,7 +317,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
             });
         for hop in [pending, left_over] {
             let homecoming = self.post_gradients(hop)?;
-            self.take_home(homecoming, &mut gradients, &mut spare_gradient)?;
+            self.take_home(homecoming, &mut gradients)?;
         }
         let dtype = self.plan.spec().dtype;
         Ok(Gradients {
@@ -382,12 +377,9 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
         source: &KeyValue<'_, B>,
         layout: Option<&PackedRows>,
         gradients: &mut Gradients<B>,
-        spare: &mut Option<B>,
     ) -> Result<Option<B>, Error> {
         let mut slot_gradient = match layout {
-            Some(rows) => {
-                Some(self.kernel(self.kernels.allocate(DType::F32, rows.len, spare.take()))?)
-            }
+            Some(rows) => Some(self.kernel(self.kernels.allocate(DType::F32, rows.len, None))?),
             None => None,
         };
         let target = match (&mut slot_gradient, layout) {
@@ -410,6 +402,16 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
             target,
         ))?;
         Ok(slot_gradient)
+    }
+
+    /// A slot that is done with, if its memory serves for what step `index` sends; released otherwise.
+    fn keep_if_sending(&self, slot: Option<B>, index: usize) -> Option<B> {
+        let step = self.plan.steps().get(index)?;
+        slot.filter(|_| {
+            step.exchange
+                .as_ref()
+                .is_some_and(|exchange| exchange.send.is_some())
+        })
     }
 
     /// The exchange that filled the slot of step `index`.
@@ -551,12 +553,11 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
         &self,
         homecoming: Option<(&Exchange, InFlight<B>)>,
         gradients: &mut Gradients<B>,
-        spare: &mut Option<B>,
     ) -> Result<(), Error> {
         let Some((exchange, in_flight)) = homecoming else {
             return Ok(());
         };
-        let arrived = self.wait(Some(in_flight), spare)?;
+        let arrived = self.wait(Some(in_flight), &mut None)?;
         if let (Some(slot), Some(message)) = (arrived, &exchange.send) {
             let rows = message.packed(&self.problem);
             self.kernel(self.kernels.add_rows(
@@ -566,7 +567,6 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
                 &mut gradients.key,
                 &mut gradients.value,
             ))?;
-            *spare = Some(slot);
         }
         Ok(())
     }
@@ -591,6 +591,13 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
             step: format!("hop {distance} of the {} pass", self.pass),
             source,
         }
+    }
+}
+
+/// Ends the group because this rank cannot go on: its peers must not wait for it. Alone, nothing is lost by an error.
+fn tell_others<B: Buffer>(communicator: &Communicator<B>, error: &Error) {
+    if communicator.world_size() > 1 {
+        communicator.abort(&error.to_string());
     }
 }
 

@@ -1,11 +1,12 @@
 //! What a plan costs, before it runs: bytes on the wire and bytes of memory.
 
+use ring_kernels::{Block, Rows};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    plan::{Exchange, Message, Plan},
+    plan::{Exchange, Message, Plan, Step},
     progression::{Progression, disjoint_cover},
-    selection::{Shard, head_classes, segment_pairs},
+    selection::{Shard, head_classes, overlaps, segment_pairs},
     spec::AttentionSpec,
 };
 
@@ -58,30 +59,28 @@ impl CommunicationEstimate {
 /// Forward bytes received, by the first branch that wants the row.
 fn received_per_branch(spec: &AttentionSpec, rank: usize) -> Vec<u64> {
     let queries = Shard::queries(spec, rank);
-    let branches = spec.pattern.branches().len();
-    let mut bytes = vec![0; branches];
+    let classes = head_classes(spec);
+    let mut bytes = vec![0; spec.pattern.branches().len()];
     for source in (0..spec.world_size).filter(|&source| source != rank) {
-        let keys = Shard::keys(spec, source);
-        for class in head_classes(spec) {
-            let pairs = segment_pairs(spec, &class, &queries, &keys);
-            if pairs.is_empty() {
-                continue;
-            }
-            let mut before = 0;
-            for (branch, bytes) in bytes.iter_mut().enumerate() {
-                let sets: Vec<Progression> = pairs
+        let overlaps = overlaps(spec, &queries, &Shard::keys(spec, source));
+        for class in &classes {
+            let pairs = segment_pairs(spec, class, &overlaps);
+            let row_bytes =
+                (class.kv_heads.len() * spec.shape.batch) as u64 * spec.row_bytes();
+            let mut sets: Vec<Progression> = Vec::new();
+            let mut counted = 0;
+            // Overlaps, and so pairs, are in the order of the branches.
+            for of_branch in pairs.chunk_by(|a, b| a.branch == b.branch) {
+                for pairs in of_branch {
+                    let copies = 0..pairs.repeat as i64;
+                    sets.extend(copies.map(|copy| pairs.keys.shifted(copy * pairs.period)));
+                }
+                let rows: usize = disjoint_cover(sets.clone())
                     .iter()
-                    .filter(|pairs| pairs.branch <= branch)
-                    .flat_map(|pairs| {
-                        (0..pairs.repeat as i64).map(|copy| pairs.keys.shifted(copy * pairs.period))
-                    })
-                    .collect();
-                let rows: usize = disjoint_cover(&sets).iter().map(Progression::count).sum();
-                *bytes += (rows - before) as u64
-                    * class.kv_heads.len() as u64
-                    * spec.shape.batch as u64
-                    * spec.row_bytes();
-                before = rows;
+                    .map(Progression::count)
+                    .sum();
+                bytes[of_branch[0].branch] += (rows - counted) as u64 * row_bytes;
+                counted = rows;
             }
         }
     }
@@ -134,7 +133,9 @@ impl MemoryEstimate {
             backward,
         );
         own.exchange_slots = slots(plan, backward);
-        own.total += own.exchange_slots;
+        let lists = lists(plan);
+        own.scratch += lists;
+        own.total += own.exchange_slots + lists;
         let whole = Self::tensors(
             spec,
             spec.query_length as u64,
@@ -190,6 +191,30 @@ impl MemoryEstimate {
     }
 }
 
+/// The most bytes of a step's lists: its blocks written out, and the rows of its messages.
+fn lists(plan: &Plan) -> u64 {
+    let runs = |message: &Option<Message>| {
+        message.as_ref().map_or(0, |message| {
+            message
+                .rows
+                .iter()
+                .map(|entry| entry.runs.len())
+                .sum::<usize>()
+        })
+    };
+    let blocks = |step: &Step| -> usize {
+        let planned = step.work.iter().flat_map(|work| &work.blocks);
+        planned.map(|planned| planned.repeat).sum()
+    };
+    let rows = |step: &Step| {
+        step.exchange.as_ref().map_or(0, |exchange| {
+            runs(&exchange.receive).max(runs(&exchange.send))
+        })
+    };
+    let most = |count: &dyn Fn(&Step) -> usize| plan.steps().iter().map(count).max().unwrap_or(0);
+    (most(&blocks) * size_of::<Block>() + 2 * most(&rows) * size_of::<Rows>()) as u64
+}
+
 /// The most bytes of messages that exist at the same time.
 fn slots(plan: &Plan, backward: bool) -> u64 {
     let spec = plan.spec();
@@ -204,30 +229,32 @@ fn slots(plan: &Plan, backward: bool) -> u64 {
         .iter()
         .map(|step| step.exchange.as_ref())
         .collect();
-    (0..exchanges.len())
+    let at = |index: Option<usize>| index.and_then(|index| *exchanges.get(index)?);
+    let received = |exchange: Option<&Exchange>, element| {
+        bytes(
+            exchange.and_then(|exchange| exchange.receive.as_ref()),
+            element,
+        )
+    };
+    let sent = |exchange: Option<&Exchange>, element| {
+        bytes(
+            exchange.and_then(|exchange| exchange.send.as_ref()),
+            element,
+        )
+    };
+    // One more than there are steps: after the last one, gradients are still on their way.
+    (0..=exchanges.len())
         .map(|index| {
-            let current = index.checked_sub(1).and_then(|before| exchanges[before]);
-            let earlier = index.checked_sub(2).and_then(|before| exchanges[before]);
-            let received = |exchange: Option<&Exchange>, element| {
-                bytes(
-                    exchange.and_then(|exchange| exchange.receive.as_ref()),
-                    element,
-                )
-            };
-            let sent = |exchange: Option<&Exchange>, element| {
-                bytes(
-                    exchange.and_then(|exchange| exchange.send.as_ref()),
-                    element,
-                )
-            };
-            let next = exchanges[index];
+            let next = at(Some(index));
+            let current = at(index.checked_sub(1));
+            let earlier = at(index.checked_sub(2));
             let key_value = received(current, size) + received(next, size) + sent(next, size);
-            let gradients = if backward {
-                received(current, 4) + received(earlier, 4) + sent(earlier, 4)
-            } else {
-                0
-            };
-            key_value + gradients
+            if !backward {
+                return key_value;
+            }
+            // Gradients of the slot, and beside them those of the hop before; or, after a gap, its own right away.
+            let (before, own) = (received(earlier, 4) + sent(earlier, 4), sent(current, 4));
+            key_value + received(current, 4) + before.max(own)
         })
         .max()
         .unwrap_or(0)

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     progression::{Progression, disjoint_cover},
-    selection::{HeadClass, Piece, SegmentPairs, Shard, head_classes, segment_pairs},
+    selection::{HeadClass, Piece, SegmentPairs, Shard, head_classes, overlaps, segment_pairs},
     spec::{AttentionSpec, SpecError},
 };
 
@@ -119,9 +119,14 @@ impl Step {
     pub fn head_blocks(&self) -> Vec<HeadBlocks> {
         self.work
             .iter()
-            .map(|work| HeadBlocks {
-                kv_heads: work.kv_heads.clone(),
-                blocks: work.blocks.iter().flat_map(PlannedBlock::blocks).collect(),
+            .map(|work| {
+                let count = work.blocks.iter().map(|planned| planned.repeat).sum();
+                let mut blocks = Vec::with_capacity(count);
+                blocks.extend(work.blocks.iter().flat_map(PlannedBlock::blocks));
+                HeadBlocks {
+                    kv_heads: work.kv_heads.clone(),
+                    blocks,
+                }
             })
             .collect()
     }
@@ -277,11 +282,12 @@ impl<'a> Planner<'a> {
 
     /// The blocks of the rank's own keys.
     fn own_work(&self) -> Vec<HeadWork> {
+        let overlaps = overlaps(self.spec, &self.queries, &self.keys);
         self.classes
             .iter()
             .map(|class| HeadWork {
                 kv_heads: class.kv_heads.clone(),
-                blocks: segment_pairs(self.spec, class, &self.queries, &self.keys)
+                blocks: segment_pairs(self.spec, class, &overlaps)
                     .iter()
                     .map(|pairs| PlannedBlock {
                         block: Block {
@@ -328,10 +334,11 @@ impl<'a> Planner<'a> {
 
     /// What `queries` need of `keys`, for every head class.
     fn needs(&self, queries: &Shard, keys: &Shard) -> Vec<ClassNeeds> {
+        let overlaps = overlaps(self.spec, queries, keys);
         self.classes
             .iter()
             .map(|class| {
-                let pairs: Vec<SegmentPairs> = segment_pairs(self.spec, class, queries, keys)
+                let pairs: Vec<SegmentPairs> = segment_pairs(self.spec, class, &overlaps)
                     .iter()
                     .flat_map(copies)
                     .collect();
@@ -414,12 +421,19 @@ impl ClassNeeds {
 
 /// The rows of one piece that `pairs` read, each once. Runs never cross pieces: their rows are not neighbours.
 fn runs_in(piece: &Piece, pairs: &[SegmentPairs]) -> Vec<Progression> {
-    let sets: Vec<Progression> = pairs
-        .iter()
-        .filter(|pairs| pairs.key_piece == *piece)
-        .map(|pairs| pairs.keys)
-        .collect();
-    disjoint_cover(&sets)
+    let mut sets: Vec<Progression> = Vec::new();
+    for pairs in pairs.iter().filter(|pairs| pairs.key_piece == *piece) {
+        // Several pieces of queries want the same rows, or the first of them.
+        let same = |set: &&mut Progression| {
+            set.first() == pairs.keys.first() && set.stride() == pairs.keys.stride()
+        };
+        match sets.iter_mut().find(same) {
+            Some(set) if set.last() < pairs.keys.last() => *set = pairs.keys,
+            Some(_) => {}
+            None => sets.push(pairs.keys),
+        }
+    }
+    disjoint_cover(sets)
 }
 
 /// A progression of positions as rows of the piece that holds them.

@@ -103,90 +103,125 @@ pub(crate) struct SegmentPairs {
     pub(crate) period: i64,
 }
 
-/// What the queries of one shard see of the keys of another, for one head class; one entry for each branch and segment, runs
-/// of whole segments folded into one.
-pub(crate) fn segment_pairs(
-    spec: &AttentionSpec,
-    class: &HeadClass,
-    queries: &Shard,
-    keys: &Shard,
-) -> Vec<SegmentPairs> {
+/// A segment (or `repeat` segments, `period` positions apart) that lies in a piece of queries and a piece of keys, of a branch.
+///
+/// Which segments these are does not depend on the head: only what the head selects of them does.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Overlap {
+    branch: usize,
+    query_piece: Piece,
+    key_piece: Piece,
+    /// Start and end of the first segment.
+    low: i64,
+    high: i64,
+    repeat: usize,
+    period: i64,
+}
+
+/// The segments that two shards have in common.
+pub(crate) fn overlaps(spec: &AttentionSpec, queries: &Shard, keys: &Shard) -> Vec<Overlap> {
     let mut found = Vec::new();
-    for (branch, offset) in class.offsets.iter().enumerate() {
-        let Some(offset) = *offset else { continue };
+    for (branch, rule) in spec.pattern.branches().iter().enumerate() {
         for query_piece in &queries.pieces {
             for key_piece in &keys.pieces {
                 if spec.pattern.is_causal() && key_piece.start >= query_piece.end {
                     continue;
                 }
-                pairs_of_pieces(spec, branch, offset, query_piece, key_piece, &mut found);
+                let whole = Overlap {
+                    branch,
+                    query_piece: *query_piece,
+                    key_piece: *key_piece,
+                    low: i64::MIN,
+                    high: i64::MAX,
+                    repeat: 1,
+                    period: 0,
+                };
+                match rule.segment_length {
+                    None => found.push(whole),
+                    Some(length) => segments(length as i64, whole, &mut found),
+                }
             }
         }
     }
     found
 }
 
-fn pairs_of_pieces(
-    spec: &AttentionSpec,
-    branch: usize,
-    offset: usize,
-    query_piece: &Piece,
-    key_piece: &Piece,
-    found: &mut Vec<SegmentPairs>,
-) {
-    let rule = spec.pattern.branches()[branch];
-    let (rate, offset) = (rule.dilation_rate as i64, offset as i64);
-    let mut add = |low: i64, high: i64, phase: i64, repeat: usize, period: i64| {
-        let select = |piece: &Piece| {
-            let (low, high) = (low.max(piece.start), high.min(piece.end));
-            let first = low + (phase - low).rem_euclid(rate);
-            Progression::new(first, high.max(first), rate)
-        };
-        // The offset counts from the segment's start, so positions before it are never selected.
-        let (queries, keys) = (select(query_piece), select(key_piece));
-        if let Some((queries, keys)) = prune(spec.pattern.is_causal(), queries, keys) {
-            found.push(SegmentPairs {
-                branch,
-                query_piece: *query_piece,
-                key_piece: *key_piece,
-                queries,
-                keys,
-                repeat,
-                period,
-            });
-        }
-    };
-    let Some(length) = rule.segment_length.map(|length| length as i64) else {
-        add(i64::MIN, i64::MAX, offset, 1, 0);
+/// The segments of `length` positions that lie in both pieces of `whole`; runs of whole segments folded into one.
+fn segments(length: i64, whole: Overlap, found: &mut Vec<Overlap>) {
+    let (query, key) = (whole.query_piece, whole.key_piece);
+    let (both_low, both_high) = (query.start.max(key.start), query.end.min(key.end));
+    // Pieces this far apart share no segment: most pairs of ranks end here, before any division.
+    if both_low - both_high >= length {
         return;
-    };
-    let both_low = query_piece.start.max(key_piece.start);
-    let both_high = query_piece.end.min(key_piece.end);
-    let first = query_piece
+    }
+    let first = query
         .start
         .div_euclid(length)
-        .max(key_piece.start.div_euclid(length));
-    let last = (query_piece.end - 1)
+        .max(key.start.div_euclid(length));
+    let last = (query.end - 1)
         .div_euclid(length)
-        .min((key_piece.end - 1).div_euclid(length));
+        .min((key.end - 1).div_euclid(length));
+    if first > last {
+        return;
+    }
     // Segments that lie whole in both pieces are copies of each other, `length` positions apart.
     let whole_first = -(-both_low).div_euclid(length);
-    let whole_count = (both_high.div_euclid(length) - whole_first).max(0);
+    let whole_count = both_high.div_euclid(length) - whole_first;
     let mut segment = first;
     while segment <= last {
-        let low = segment * length;
-        // Where r does not divide w, the selected positions begin anew in every segment.
-        let phase = low + offset;
-        if offset < length {
-            if segment == whole_first && whole_count > 1 {
-                add(phase, low + length, phase, whole_count as usize, length);
-                segment += whole_count;
-                continue;
-            }
-            add(phase, low + length, phase, 1, 0);
-        }
-        segment += 1;
+        let copies = if segment == whole_first && whole_count > 1 {
+            whole_count
+        } else {
+            1
+        };
+        found.push(Overlap {
+            low: segment * length,
+            high: (segment + 1) * length,
+            repeat: copies as usize,
+            period: if copies > 1 { length } else { 0 },
+            ..whole
+        });
+        segment += copies;
     }
+}
+
+/// What the queries of one shard see of the keys of another, for one head class; one entry for each overlap in which anything
+/// is visible.
+pub(crate) fn segment_pairs(
+    spec: &AttentionSpec,
+    class: &HeadClass,
+    overlaps: &[Overlap],
+) -> Vec<SegmentPairs> {
+    overlaps
+        .iter()
+        .filter_map(|overlap| {
+            let offset = class.offsets[overlap.branch]? as i64;
+            let rate = spec.pattern.branches()[overlap.branch].dilation_rate as i64;
+            // Selected positions begin anew in every segment, at the offset; whether r divides w or not.
+            let whole_sequence = overlap.low == i64::MIN;
+            let phase = if whole_sequence { offset } else { overlap.low + offset };
+            let low = if whole_sequence { i64::MIN } else { phase };
+            let select = |piece: &Piece| {
+                let (low, high) = (low.max(piece.start), overlap.high.min(piece.end));
+                let first = low + (phase - low).rem_euclid(rate);
+                Progression::new(first, high.max(first), rate)
+            };
+            let (queries, keys) = prune(
+                spec.pattern.is_causal(),
+                select(&overlap.query_piece),
+                select(&overlap.key_piece),
+            )?;
+            Some(SegmentPairs {
+                branch: overlap.branch,
+                query_piece: overlap.query_piece,
+                key_piece: overlap.key_piece,
+                queries,
+                keys,
+                repeat: overlap.repeat,
+                period: overlap.period,
+            })
+        })
+        .collect()
 }
 
 /// Drops what causality hides; `None` if nothing is left.

@@ -41,7 +41,11 @@ pub(super) fn zeroed<T: Element>(
     len: usize,
     reuse: Option<HostBuffer>,
 ) -> Result<Vec<T>, KernelError> {
-    let mut values = reuse.and_then(T::take).unwrap_or_default();
+    // Too small memory would be copied to grow, and both held for a while; too large memory would travel from rank to rank.
+    let mut values = reuse
+        .and_then(T::take)
+        .filter(|values| values.capacity() == len)
+        .unwrap_or_default();
     values.clear();
     values
         .try_reserve_exact(len)

@@ -735,7 +735,7 @@ fn a_message_is_keys_then_values_by_batch_head_and_run() {
         }],
     );
     let kernels = CpuKernels::new(1).unwrap();
-    let reuse = Vec::with_capacity(64);
+    let reuse = Vec::with_capacity(packed.len);
     let memory = reuse.as_ptr();
     let reuse = Some(HostBuffer::F32(reuse));
     let message = kernels

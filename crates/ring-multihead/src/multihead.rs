@@ -1,0 +1,292 @@
+//! Multi-head dilated attention with its projections: [`MultiheadDilatedAttention`].
+
+use burn::{
+    config::Config,
+    module::Module,
+    nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig},
+    tensor::{Device, Tensor},
+};
+use ring_burn::{
+    DilatedAttention, DilatedAttentionConfig, HeadOffsets, Mixing, Ring, RingAttention,
+    RingAttentionConfig, RingError,
+};
+
+use crate::{dropout::PositionDropout, factory::AttentionKind, rotary::Rotary};
+
+/// Configuration of [`MultiheadDilatedAttention`].
+#[derive(Config, Debug)]
+pub struct MultiheadDilatedAttentionConfig {
+    /// Size of the model's vectors; `num_heads` divides it.
+    pub embed_dim: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// Positions per segment, one number for each branch; empty for full attention.
+    pub segment_lengths: Vec<usize>,
+    /// Distance of selected positions, one number for each branch.
+    pub dilation_rates: Vec<usize>,
+    /// Key/value heads, a divisor of `num_heads`; `num_heads` if absent.
+    pub num_kv_heads: Option<usize>,
+    /// Whether keys after the query are hidden.
+    #[config(default = false)]
+    pub causal: bool,
+    /// Whether the projections have a bias.
+    #[config(default = true)]
+    pub bias: bool,
+    /// Dropout on the output, in `[0, 1)`.
+    #[config(default = 0.0)]
+    pub dropout: f64,
+    /// Tells the dropout of the layers of a model apart.
+    #[config(default = 0)]
+    pub dropout_stream: u32,
+    /// Layer norm between attention and output projection (MAGNETO, arXiv 2210.06423).
+    #[config(default = false)]
+    pub sub_layer_norm: bool,
+    /// Base of rotary positions; no positions if absent.
+    pub rotary_base: Option<f64>,
+    /// How heads are shifted against each other.
+    #[config(default = "HeadOffsets::Cyclic")]
+    pub offsets: HeadOffsets,
+    /// How branches are mixed.
+    #[config(default = "Mixing::LongNet")]
+    pub mixing: Mixing,
+}
+
+impl MultiheadDilatedAttentionConfig {
+    /// The module, for any number of ranks.
+    ///
+    /// # Panics
+    /// Where [`try_init`](Self::try_init) would return an error.
+    pub fn init(&self, device: &Device) -> MultiheadDilatedAttention {
+        self.try_init(device)
+            .unwrap_or_else(|error| panic!("MultiheadDilatedAttention: {error}"))
+    }
+
+    /// The module, for any number of ranks.
+    ///
+    /// # Errors
+    /// [`RingError::Value`] for heads that do not divide, an odd head size with rotary positions, a dropout outside `[0, 1)`;
+    /// [`RingError::Pattern`] for bad lists.
+    pub fn try_init(&self, device: &Device) -> Result<MultiheadDilatedAttention, RingError> {
+        self.init_kind(AttentionKind::Auto, device)
+    }
+
+    pub(crate) fn init_kind(
+        &self,
+        kind: AttentionKind,
+        device: &Device,
+    ) -> Result<MultiheadDilatedAttention, RingError> {
+        let kv_heads = self.check()?;
+        let head_dim = self.embed_dim / self.num_heads;
+        let kv_dim = kv_heads * head_dim;
+        let linear = |output: usize| {
+            LinearConfig::new(self.embed_dim, output)
+                .with_bias(self.bias)
+                .init(device)
+        };
+        Ok(MultiheadDilatedAttention {
+            query: linear(self.embed_dim),
+            key: linear(kv_dim),
+            value: linear(kv_dim),
+            output: linear(self.embed_dim),
+            norm: self
+                .sub_layer_norm
+                .then(|| LayerNormConfig::new(self.embed_dim).init(device)),
+            dropout: PositionDropout::new(self.dropout, self.dropout_stream),
+            attention: self.attention()?,
+            num_heads: self.num_heads,
+            num_kv_heads: kv_heads,
+            head_dim,
+            rotary_base: self.rotary_base,
+            kind,
+        })
+    }
+
+    /// Checks the sizes; yields the number of key/value heads.
+    fn check(&self) -> Result<usize, RingError> {
+        let refuse = |message: String| Err(RingError::Value(message));
+        let kv_heads = self.num_kv_heads.unwrap_or(self.num_heads);
+        let (embed_dim, heads) = (self.embed_dim, self.num_heads);
+        if heads == 0 || embed_dim == 0 || embed_dim % heads != 0 {
+            return refuse(format!(
+                "embed_dim {embed_dim} cannot be split into {heads} heads: not a multiple"
+            ));
+        }
+        if kv_heads == 0 || heads % kv_heads != 0 {
+            return refuse(format!(
+                "{heads} heads cannot share {kv_heads} key/value heads: not a multiple"
+            ));
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return refuse(format!("dropout is {}, must be in [0, 1)", self.dropout));
+        }
+        if let Some(base) = self.rotary_base {
+            if !(base.is_finite() && base > 0.0) {
+                return refuse(format!("the rotary base is {base}, must be positive"));
+            }
+            if (embed_dim / heads) % 2 != 0 {
+                return refuse(format!(
+                    "rotary positions need an even head size, it is {}",
+                    embed_dim / heads
+                ));
+            }
+        }
+        Ok(kv_heads)
+    }
+
+    fn attention(&self) -> Result<Attention, RingError> {
+        if self.segment_lengths.is_empty() && self.dilation_rates.is_empty() {
+            return Ok(Attention::Full(
+                RingAttentionConfig::new()
+                    .with_causal(self.causal)
+                    .try_init()?,
+            ));
+        }
+        let config = DilatedAttentionConfig::new(
+            self.segment_lengths.clone(),
+            self.dilation_rates.clone(),
+        );
+        Ok(Attention::Dilated(
+            config
+                .with_causal(self.causal)
+                .with_offsets(self.offsets)
+                .with_mixing(self.mixing)
+                .try_init()?,
+        ))
+    }
+}
+
+/// Multi-head attention whose heads attend by a dilated pattern (or to everything), sharded over the ranks of a [`Ring`].
+///
+/// ```
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use ring_burn::Ring;
+/// use ring_multihead::MultiheadDilatedAttentionConfig;
+///
+/// let device = Device::flex();
+/// let attention = MultiheadDilatedAttentionConfig::new(64, 4, vec![32, 128], vec![1, 2])
+///     .with_causal(true)
+///     .init(&device);
+/// let input = Tensor::<3>::random([1, 128, 64], Distribution::Default, &device);
+/// assert_eq!(attention.forward(input, &Ring::single(128)?).dims(), [1, 128, 64]);
+/// # Ok::<(), ring_burn::RingError>(())
+/// ```
+#[derive(Module, Debug)]
+pub struct MultiheadDilatedAttention {
+    /// Projection to the queries.
+    pub query: Linear,
+    /// Projection to the keys.
+    pub key: Linear,
+    /// Projection to the values.
+    pub value: Linear,
+    /// Projection of the output.
+    pub output: Linear,
+    /// Layer norm before the output projection.
+    pub norm: Option<LayerNorm>,
+    dropout: PositionDropout,
+    attention: Attention,
+    num_heads: usize,
+    num_kv_heads: usize,
+    head_dim: usize,
+    rotary_base: Option<f64>,
+    #[module(skip)]
+    kind: AttentionKind,
+}
+
+/// The pattern's module.
+#[derive(Module, Debug)]
+enum Attention {
+    Full(RingAttention),
+    Dilated(DilatedAttention),
+}
+
+impl MultiheadDilatedAttention {
+    /// What kind of attention this is.
+    pub fn kind(&self) -> AttentionKind {
+        self.kind
+    }
+
+    /// The rotary table of this rank's positions, if the module has rotary positions. Layers of the same head size can share
+    /// one.
+    pub fn rotary(&self, ring: &Ring, device: &Device) -> Option<Rotary> {
+        let positions: Vec<i64> = ring.positions().iter().map(|&at| at as i64).collect();
+        self.rotary_base
+            .map(|base| Rotary::new(&positions, self.head_dim, base, device))
+    }
+
+    /// Self-attention.
+    ///
+    /// # Shapes
+    /// - input, output: `[batch, own positions, embed_dim]`
+    ///
+    /// # Panics
+    /// Where [`try_forward`](Self::try_forward) would return an error. The backward panics if its exchange fails.
+    pub fn forward(&self, input: Tensor<3>, ring: &Ring) -> Tensor<3> {
+        self.try_forward(input, ring)
+            .unwrap_or_else(|error| panic!("MultiheadDilatedAttention: {error}"))
+    }
+
+    /// [`forward`](Self::forward) that returns its error.
+    ///
+    /// # Errors
+    /// [`RingError`] for an input that does not fit the shard or the module, and for a failed exchange.
+    pub fn try_forward(&self, input: Tensor<3>, ring: &Ring) -> Result<Tensor<3>, RingError> {
+        let rotary = self.rotary(ring, &input.device());
+        self.try_forward_rotated(input, rotary.as_ref(), ring)
+    }
+
+    /// [`try_forward`](Self::try_forward) with a rotary table made before ([`rotary`](Self::rotary)).
+    ///
+    /// # Errors
+    /// As [`try_forward`](Self::try_forward).
+    pub fn try_forward_rotated(
+        &self,
+        input: Tensor<3>,
+        rotary: Option<&Rotary>,
+        ring: &Ring,
+    ) -> Result<Tensor<3>, RingError> {
+        self.check(&input, ring)?;
+        let [batch, rows, embed_dim] = input.dims();
+        let heads = |projected: Tensor<3>, heads: usize| {
+            projected.reshape([batch, rows, heads, self.head_dim])
+        };
+        let rotate = |tensor: Tensor<4>| match rotary {
+            Some(rotary) => rotary.apply(tensor),
+            None => tensor,
+        };
+        let query = rotate(heads(self.query.forward(input.clone()), self.num_heads));
+        let key = rotate(heads(self.key.forward(input.clone()), self.num_kv_heads));
+        let value = heads(self.value.forward(input), self.num_kv_heads);
+        // The kernels read strided rows: no copy for the swapped dimensions.
+        let [query, key, value] = [query, key, value].map(|tensor| tensor.swap_dims(1, 2));
+        let attended = match &self.attention {
+            Attention::Full(attention) => attention.try_forward(query, key, value, ring)?,
+            Attention::Dilated(attention) => attention.try_forward(query, key, value, ring)?,
+        };
+        let attended = attended.swap_dims(1, 2).reshape([batch, rows, embed_dim]);
+        let attended = match &self.norm {
+            Some(norm) => norm.forward(attended),
+            None => attended,
+        };
+        Ok(self.dropout.forward(self.output.forward(attended), ring))
+    }
+
+    fn check(&self, input: &Tensor<3>, ring: &Ring) -> Result<(), RingError> {
+        let [_, rows, embed_dim] = input.dims();
+        let expected = (ring.shard_len(), self.num_heads * self.head_dim);
+        if (rows, embed_dim) != expected {
+            return Err(RingError::Shape {
+                what: "the input",
+                got: input.dims().to_vec(),
+                expected: format!(
+                    "[batch, {}, {}]: rank {} owns {} of {} positions",
+                    expected.0,
+                    expected.1,
+                    ring.rank(),
+                    expected.0,
+                    ring.sequence_length()
+                ),
+            });
+        }
+        self.kind.check(ring)
+    }
+}

@@ -1,0 +1,331 @@
+//! One rank or many: the same numbers, in the modules, the model, and training.
+
+use std::{sync::Arc, time::Duration};
+
+use burn::{
+    data::{
+        dataloader::{DataLoader, DataLoaderIterator, Progress},
+        dataset::DatasetError,
+    },
+    lr_scheduler::constant::ConstantLr,
+    module::{Module, ModuleVisitor, Param},
+    optim::{GradientsParams, SgdConfig},
+    tensor::{Device, Distribution, Tensor, TensorData},
+    train::{
+        InferenceStep, Interrupter, Learner, SupervisedTraining, TrainOutput, TrainStep,
+        TrainingStrategy, logger::InMemoryMetricLogger, metric::LossMetric,
+        renderer::CliMetricsRenderer,
+    },
+};
+use ring_burn::{
+    Communicator, HostBuffer, Loopback, Ring, RingError, RingStrategy, SequenceItem, Sharding,
+    shard_tensor, sum_gradients,
+};
+use ring_multihead::{
+    AttentionKind, LongNet, LongNetConfig, MultiheadDilatedAttentionConfig, SequenceLoss,
+    TokenWindows, create_multihead_dilated_attention,
+};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+fn model(dropout: f64) -> LongNet {
+    let device = Device::flex().autodiff();
+    LongNetConfig::new(vec![16, 32, 64], vec![1, 2, 4])
+        .with_embed_dim(32)
+        .with_num_layers(2)
+        .with_num_kv_heads(Some(2))
+        .with_dropout(dropout)
+        .with_sub_layer_norm(true)
+        .try_init(&device)
+        .unwrap()
+        .materialize()
+}
+
+fn windows() -> TokenWindows {
+    let text: Vec<u8> = (0..500_u32).map(|i| (i * i % 251) as u8).collect();
+    TokenWindows::new(text.into(), vec![3, 200], 70, 11)
+}
+
+/// Every gradient of a model, one after the other.
+struct Collect<'a>(&'a mut GradientsParams, Vec<f32>);
+
+impl ModuleVisitor for Collect<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let gradient = self.0.remove::<D>(param.id).expect("every parameter has a gradient");
+        self.1.extend(gradient.into_data().iter::<f32>());
+    }
+}
+
+/// Loss and gradients over so many ranks; rank 0's, after checking that all ranks hold the same.
+fn loss_and_gradients(model: &LongNet, ranks: usize, sharding: Sharding) -> (f32, Vec<f32>) {
+    let results = Loopback::run::<HostBuffer, _>(ranks, DEADLINE, |endpoint| {
+        let ring = Ring::new(Communicator::new(Arc::new(endpoint)), sharding, 0).unwrap();
+        let model = model.clone().fork(&Device::flex().autodiff());
+        let TrainOutput { grads, item } = TrainStep::step(&model, windows().on_rank(&ring));
+        let mut gradients = sum_gradients(&model, grads, ring.communicator()).unwrap();
+        let mut collect = Collect(&mut gradients, Vec::new());
+        model.visit(&mut collect);
+        (item.loss.into_scalar::<f32>(), collect.1)
+    });
+    let mut results: Vec<(f32, Vec<f32>)> = results.into_iter().map(Result::unwrap).collect();
+    let first = results.swap_remove(0);
+    assert!(results.iter().all(|other| *other == first), "ranks differ");
+    first
+}
+
+fn assert_near(got: &[f32], expected: &[f32]) {
+    assert_eq!(got.len(), expected.len());
+    let norm = expected.iter().map(|x| x * x).sum::<f32>().sqrt();
+    let error = got.iter().zip(expected).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
+    assert!(error <= 1e-4 * norm, "off by {}", error / norm);
+}
+
+#[test]
+fn loss_and_gradients_do_not_depend_on_the_number_of_ranks() {
+    // With dropout too: it is keyed by global position.
+    for dropout in [0.0, 0.2] {
+        let model = model(dropout);
+        let (loss, gradients) = loss_and_gradients(&model, 1, Sharding::Contiguous);
+        assert!(loss.is_finite() && gradients.iter().all(|x| x.is_finite()));
+        for (ranks, sharding) in [
+            (2, Sharding::Zigzag),
+            (3, Sharding::Contiguous),
+            (4, Sharding::Striped { chunk_size: Some(3) }),
+        ] {
+            let (other_loss, other_gradients) = loss_and_gradients(&model, ranks, sharding);
+            assert!((loss - other_loss).abs() < 1e-5 * loss, "{loss} {other_loss}");
+            assert_near(&other_gradients, &gradients);
+        }
+    }
+}
+
+#[test]
+fn the_sharded_layer_equals_the_whole_one() {
+    let device = Device::flex();
+    let config = MultiheadDilatedAttentionConfig::new(24, 4, vec![8, 32], vec![1, 2])
+        .with_num_kv_heads(Some(2))
+        .with_causal(true)
+        .with_rotary_base(Some(100.0));
+    let layer = config.init(&device);
+    let input = Tensor::<3>::random([2, 33, 24], Distribution::Default, &device);
+    let whole = layer.forward(input.clone(), &Ring::single(33).unwrap());
+    let parts = Loopback::run::<HostBuffer, _>(3, DEADLINE, |endpoint| {
+        let ring = Ring::new(Communicator::new(Arc::new(endpoint)), Sharding::Zigzag, 33).unwrap();
+        let own = layer.forward(shard_tensor(input.clone(), 1, &ring).unwrap(), &ring);
+        let expected = shard_tensor(whole.clone(), 1, &ring).unwrap();
+        (own - expected).abs().max().into_scalar::<f32>()
+    });
+    for part in parts {
+        assert!(part.unwrap() < 1e-5);
+    }
+}
+
+#[test]
+fn kinds_run_where_they_can() {
+    let device = Device::flex();
+    let config = MultiheadDilatedAttentionConfig::new(16, 2, vec![8], vec![1]);
+    let input = Tensor::<3>::zeros([1, 8, 16], &device);
+    let make = |kind| create_multihead_dilated_attention(kind, &config, &device).unwrap();
+    for kind in [AttentionKind::Auto, AttentionKind::Standard, AttentionKind::Ring] {
+        let ring = Ring::single(8).unwrap();
+        make(kind).try_forward(input.clone(), &ring).unwrap();
+    }
+    let standard = make(AttentionKind::Standard);
+    let refused = Loopback::run::<HostBuffer, _>(2, DEADLINE, |endpoint| {
+        let ring =
+            Ring::new(Communicator::new(Arc::new(endpoint)), Sharding::Contiguous, 8).unwrap();
+        let own = shard_tensor(input.clone(), 1, &ring).unwrap();
+        standard.try_forward(own, &ring).unwrap_err().to_string()
+    });
+    assert!(refused.iter().all(|error| error.as_ref().unwrap().contains("one rank")));
+}
+
+#[test]
+fn bad_sizes_are_refused() {
+    let device = Device::flex();
+    let good = MultiheadDilatedAttentionConfig::new(16, 4, vec![8], vec![1]);
+    for bad in [
+        MultiheadDilatedAttentionConfig::new(15, 4, vec![8], vec![1]),
+        MultiheadDilatedAttentionConfig::new(16, 0, vec![8], vec![1]),
+        MultiheadDilatedAttentionConfig::new(16, 4, vec![8], vec![1, 2]),
+        MultiheadDilatedAttentionConfig::new(16, 4, vec![8], vec![0]),
+        good.clone().with_num_kv_heads(Some(3)),
+        good.clone().with_dropout(1.0),
+        good.clone().with_dropout(f64::NAN),
+        MultiheadDilatedAttentionConfig::new(12, 4, vec![8], vec![1]).with_rotary_base(Some(10.0)),
+        good.clone().with_rotary_base(Some(0.0)),
+    ] {
+        assert!(bad.try_init(&device).is_err(), "{bad}");
+    }
+    let layer = good.init(&device);
+    for shape in [[1, 7, 16], [1, 8, 15]] {
+        let input = Tensor::<3>::zeros(shape, &device);
+        assert!(matches!(
+            layer.try_forward(input, &Ring::single(8).unwrap()),
+            Err(RingError::Shape { .. })
+        ));
+    }
+}
+
+/// Hands out the same windows over and over.
+struct Loader<T> {
+    item: T,
+    steps: usize,
+}
+
+struct Items<'a, T> {
+    loader: &'a Loader<T>,
+    done: usize,
+}
+
+impl<T: Clone> Iterator for Items<'_, T> {
+    type Item = Result<T, DatasetError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.done += 1;
+        (self.done <= self.loader.steps).then(|| Ok(self.loader.item.clone()))
+    }
+}
+
+impl<T: Clone> DataLoaderIterator<T> for Items<'_, T> {
+    fn progress(&self) -> Progress {
+        Progress::new(self.done, self.loader.steps, None)
+    }
+}
+
+impl<T: Clone + Send + Sync + 'static> DataLoader<T> for Loader<T> {
+    fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<T> + 'a> {
+        Box::new(Items { loader: self, done: 0 })
+    }
+
+    fn num_items(&self) -> usize {
+        self.steps
+    }
+
+    fn to_device(&self, _: &Device) -> Arc<dyn DataLoader<T>> {
+        Arc::new(Self { item: self.item.clone(), steps: self.steps })
+    }
+
+    fn slice(&self, _: usize, _: usize) -> Arc<dyn DataLoader<T>> {
+        self.to_device(&Device::flex())
+    }
+}
+
+/// All parameters of a model, one after the other.
+struct Parameters(Vec<f32>);
+
+impl ModuleVisitor for Parameters {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.0.extend(param.val().into_data().iter::<f32>());
+    }
+}
+
+fn launch<M>(model: M, item: TokenWindows, ranks: usize, accumulation: usize) -> burn::train::LearningResult<M>
+where
+    M: TrainStep<Input = TokenWindows, Output = SequenceLoss>
+        + InferenceStep<Input = TokenWindows, Output = SequenceLoss>
+        + Module
+        + std::fmt::Display
+        + Send
+        + 'static,
+{
+    let directory = tempfile::tempdir().unwrap();
+    let strategy = RingStrategy::new(ranks, Sharding::Zigzag, Device::flex().autodiff())
+        .unwrap()
+        .with_deadline(DEADLINE);
+    SupervisedTraining::new(
+        directory.path(),
+        Arc::new(Loader { item: item.clone(), steps: 3 }),
+        Arc::new(Loader { item, steps: 1 }),
+    )
+    .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))
+    .with_interrupter(Interrupter::new())
+    .with_application_logger(None)
+    .with_metric_logger(InMemoryMetricLogger::new())
+    .renderer(Box::new(CliMetricsRenderer::new()))
+    .metric_train_numeric(LossMetric::new())
+    .metric_valid_numeric(LossMetric::new())
+    .grads_accumulation(accumulation)
+    .num_epochs(2)
+    .launch(Learner::new(model, SgdConfig::new().init(), ConstantLr::new(0.1)))
+}
+
+#[test]
+fn training_gives_the_same_model_on_any_number_of_ranks() {
+    let model = model(0.1);
+    for accumulation in [1, 2] {
+        let trained: Vec<Vec<f32>> = [1, 2, 3]
+            .into_iter()
+            .map(|ranks| {
+                let result = launch(model.clone(), windows(), ranks, accumulation);
+                assert!(result.error.is_none());
+                let mut parameters = Parameters(Vec::new());
+                result.model.visit(&mut parameters);
+                parameters.0
+            })
+            .collect();
+        let mut before = Parameters(Vec::new());
+        model.visit(&mut before);
+        assert_ne!(before.0, trained[0], "nothing was learned");
+        for other in &trained[1..] {
+            let difference = |a: &[f32], b: &[f32]| {
+                a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+            };
+            let moved = difference(&before.0, &trained[0]);
+            assert!(difference(other, &trained[0]) < 1e-3 * moved);
+        }
+    }
+}
+
+/// A model that panics on one rank in the middle of a training step.
+#[derive(Module, Debug)]
+struct Faulty {
+    inner: LongNet,
+}
+
+impl TrainStep for Faulty {
+    type Input = TokenWindows;
+    type Output = SequenceLoss;
+
+    fn step(&self, windows: TokenWindows) -> TrainOutput<SequenceLoss> {
+        let output = TrainStep::step(&self.inner, windows);
+        if std::thread::current().name() == Some("rank-1") {
+            panic!("out of luck");
+        }
+        TrainOutput { grads: output.grads, item: output.item }
+    }
+}
+
+impl InferenceStep for Faulty {
+    type Input = TokenWindows;
+    type Output = SequenceLoss;
+
+    fn step(&self, windows: TokenWindows) -> SequenceLoss {
+        InferenceStep::step(&self.inner, windows)
+    }
+}
+
+#[test]
+fn a_rank_that_panics_ends_training_with_errors_that_name_it() {
+    let result = launch(Faulty { inner: model(0.0) }, windows(), 3, 1);
+    let error = result.error.expect("training failed").to_string();
+    assert!(error.contains("device 1 failed: out of luck"), "{error}");
+    // The other ranks say whose fault it was.
+    assert_eq!(error.matches("rank 1").count(), 2, "{error}");
+}
+
+#[test]
+#[should_panic(expected = "reaches beyond 500 tokens")]
+fn windows_must_lie_in_the_text() {
+    let _ = TokenWindows::new(vec![0; 500].into(), vec![430], 70, 0);
+}
+
+#[test]
+fn a_model_on_whole_data_is_a_model_on_one_rank() {
+    let model = model(0.0).valid();
+    let expected = loss_and_gradients(&model.clone().train(), 2, Sharding::Contiguous).0;
+    let item = InferenceStep::step(&model, windows());
+    let data: TensorData = item.loss.into_data();
+    let loss = data.iter::<f32>().next().unwrap();
+    assert!((loss - expected).abs() < 1e-4, "{loss} {expected}");
+}

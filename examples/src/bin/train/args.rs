@@ -1,0 +1,171 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use ring_burn::{Pattern, Sharding};
+
+/// Train a byte-level LongNet language model, its sequence sharded over several ranks.
+///
+/// The ranks are threads of this process, connected by loopback: each holds its own slice of every sequence, and the key and
+/// value rows that others' queries see travel while the block at hand is computed. The last 5% of the text are held out and
+/// scored at the end, every byte. The run's artifacts (checkpoints, losses.csv, loss.svg, logs) go to one directory.
+#[derive(Parser, Debug)]
+#[command(name = "train", version, after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Text to train on, any bytes [default: the King James Bible, shipped with the program]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: Option<PathBuf>,
+
+    /// Ranks that share each sequence
+    #[arg(long, default_value_t = 4)]
+    pub(crate) ranks: usize,
+
+    /// Who owns which positions: contiguous, zigzag, striped, striped:CHUNK_SIZE
+    #[arg(long, default_value = "zigzag")]
+    pub(crate) sharding: Sharding,
+
+    /// Positions of a sequence, over all ranks
+    #[arg(long, default_value_t = 2048)]
+    pub(crate) seq_length: usize,
+
+    /// Sequences per step
+    #[arg(long, default_value_t = 1)]
+    pub(crate) batch: usize,
+
+    /// Segment lengths of the branches
+    #[arg(long, value_delimiter = ',', default_value = "512,1024,2048")]
+    pub(crate) segment_lengths: Vec<usize>,
+
+    /// Dilation rates of the branches, one for each segment length
+    #[arg(long, value_delimiter = ',', default_value = "1,2,4")]
+    pub(crate) dilation_rates: Vec<usize>,
+
+    /// Size of the model's vectors
+    #[arg(long, default_value_t = 128)]
+    pub(crate) embed_dim: usize,
+
+    /// Query heads
+    #[arg(long, default_value_t = 4)]
+    pub(crate) heads: usize,
+
+    /// Key/value heads [default: as many as query heads]
+    #[arg(long)]
+    pub(crate) kv_heads: Option<usize>,
+
+    /// Transformer blocks
+    #[arg(long, default_value_t = 4)]
+    pub(crate) layers: usize,
+
+    /// Hidden size of the feed-forward parts [default: 4 times the embedding]
+    #[arg(long)]
+    pub(crate) feed_forward_dim: Option<usize>,
+
+    /// Dropout, in [0, 1)
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) dropout: f64,
+
+    /// Add MAGNETO's sub-layer norms
+    #[arg(long)]
+    pub(crate) sub_layer_norm: bool,
+
+    /// Optimizer steps in all, counted from the beginning also when resuming
+    #[arg(long, default_value_t = 1000)]
+    pub(crate) steps: usize,
+
+    /// Steps between checkpoints (one "epoch" of the progress display)
+    #[arg(long, default_value_t = 200)]
+    pub(crate) checkpoint_every: usize,
+
+    /// Continue from this checkpoint of the artifact directory, on any number of ranks
+    #[arg(long, value_name = "EPOCH")]
+    pub(crate) resume: Option<usize>,
+
+    /// Highest learning rate
+    #[arg(long, default_value_t = 3e-3)]
+    pub(crate) learning_rate: f64,
+
+    /// Seed of parameters, order of samples, dropout and sampling
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+
+    /// Kernel threads of each rank [default: cores divided by ranks]
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
+
+    /// Longest wait of a rank for another, in seconds
+    #[arg(long, default_value_t = 600)]
+    pub(crate) deadline: u64,
+
+    /// Directory for checkpoints, losses and logs
+    #[arg(long, default_value = "artifacts")]
+    pub(crate) artifacts: PathBuf,
+
+    /// Bytes of text to generate at the end
+    #[arg(long, default_value_t = 300)]
+    pub(crate) sample_bytes: usize,
+
+    /// Temperature of the generated text
+    #[arg(long, default_value_t = 0.8)]
+    pub(crate) temperature: f64,
+
+    /// Print lines of progress instead of the dashboard, also on a terminal
+    #[arg(long)]
+    pub(crate) plain: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  train                                        the defaults: 4 ranks, about five minutes on two cores
+  train --data book.txt --ranks 2 --steps 300  another text, fewer ranks
+  train --resume 3 --ranks 8                   go on from the third checkpoint, on more ranks
+  train --seq-length 16384 --segment-lengths 2048,8192,16384 --dilation-rates 1,4,8 --heads 8";
+
+impl Args {
+    /// Checks what no type checks.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        for (name, value) in [
+            ("--ranks", self.ranks),
+            ("--seq-length", self.seq_length),
+            ("--batch", self.batch),
+            ("--steps", self.steps),
+            ("--checkpoint-every", self.checkpoint_every),
+            ("--threads", self.threads.unwrap_or(1)),
+        ] {
+            if value == 0 {
+                return Err(format!("{name} must be at least 1"));
+            }
+        }
+        Pattern::dilated(&self.segment_lengths, &self.dilation_rates)
+            .map_err(|error| error.to_string())?;
+        if !(self.learning_rate > 0.0 && self.learning_rate <= 1.0) {
+            return Err(format!(
+                "--learning-rate is {}, must be above 0 and at most 1",
+                self.learning_rate
+            ));
+        }
+        if !(self.temperature.is_finite() && self.temperature > 0.0) {
+            return Err(format!("--temperature is {}, must be positive", self.temperature));
+        }
+        if self.deadline == 0 {
+            return Err("--deadline must be at least 1 second".into());
+        }
+        if self.resume.is_some_and(|epoch| epoch >= self.epochs()) {
+            return Err(format!(
+                "nothing is left to train after checkpoint {}: raise --steps",
+                self.resume.unwrap_or_default()
+            ));
+        }
+        Ok(())
+    }
+
+    /// Checkpoint intervals in all; the last may be shorter.
+    pub(crate) fn epochs(&self) -> usize {
+        self.steps.div_ceil(self.checkpoint_every)
+    }
+
+    /// The first step of this run.
+    pub(crate) fn first_step(&self) -> usize {
+        self.resume.unwrap_or(0) * self.checkpoint_every
+    }
+}

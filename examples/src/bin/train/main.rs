@@ -1,0 +1,220 @@
+//! Trains a LongNet language model with its sequence sharded over several ranks.
+
+mod args;
+mod curve;
+mod evaluation;
+mod feed;
+mod progress;
+mod sample;
+
+use std::{
+    fs,
+    path::Path,
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use burn::{
+    grad_clipping::GradientClippingConfig,
+    lr_scheduler::{
+        LrSchedulerConfig, composed::ComposedLrSchedulerConfig,
+        cosine::CosineAnnealingLrSchedulerConfig, linear::LinearLrSchedulerConfig,
+    },
+    module::Module,
+    optim::AdamWConfig,
+    tensor::Device,
+    train::{
+        Interrupter, Learner, SupervisedTraining, TrainingStrategy,
+        checkpoint::KeepLastNCheckpoints,
+        renderer::{MetricsRenderer, default_renderer},
+    },
+};
+use ring_burn::RingStrategy;
+use ring_examples::command_line::{self, Failure};
+use ring_multihead::{LongNet, LongNetConfig};
+
+use args::Args;
+use curve::{BitsPerByteMetric, Curve};
+use feed::{Feed, Text};
+
+fn main() -> ExitCode {
+    command_line::run(|args: &Args| {
+        let prepared = prepare(args).map_err(Failure::Input)?;
+        run(args, prepared).map_err(Failure::Run)
+    })
+}
+
+/// Everything that can be wrong with the input has been checked.
+struct Prepared {
+    text: Text,
+    model: LongNet,
+    strategy: RingStrategy,
+    device: Device,
+}
+
+fn prepare(args: &Args) -> Result<Prepared, String> {
+    args.check()?;
+    let text = Text::read(args.data.as_deref(), args.seq_length)?;
+    let device = Device::flex().autodiff();
+    device.seed(args.seed);
+    let model = model_config(args)
+        .try_init(&device)
+        .map_err(|error| error.to_string())?
+        .materialize();
+    let mut strategy = RingStrategy::new(args.ranks, args.sharding, device.clone())
+        .map_err(|error| error.to_string())?
+        .with_deadline(Duration::from_secs(args.deadline));
+    if let Some(threads) = args.threads {
+        strategy = strategy.with_threads_per_rank(threads);
+    }
+    if let Some(epoch) = args.resume {
+        let file = args.artifacts.join(format!("checkpoint/model-{epoch}.bpk"));
+        if !file.exists() {
+            return Err(format!("there is no checkpoint {}", file.display()));
+        }
+    }
+    fs::create_dir_all(&args.artifacts)
+        .map_err(|error| format!("cannot make {}: {error}", args.artifacts.display()))?;
+    Ok(Prepared {
+        text,
+        model,
+        strategy,
+        device,
+    })
+}
+
+fn model_config(args: &Args) -> LongNetConfig {
+    LongNetConfig::new(args.segment_lengths.clone(), args.dilation_rates.clone())
+        .with_embed_dim(args.embed_dim)
+        .with_num_heads(args.heads)
+        .with_num_kv_heads(args.kv_heads)
+        .with_num_layers(args.layers)
+        .with_feed_forward_dim(args.feed_forward_dim)
+        .with_dropout(args.dropout)
+        .with_sub_layer_norm(args.sub_layer_norm)
+}
+
+fn run(args: &Args, prepared: Prepared) -> Result<(), String> {
+    let Prepared {
+        text,
+        model,
+        strategy,
+        device,
+    } = prepared;
+    println!(
+        "{} parameters; {} training bytes, {} held out; {} ranks, {} sharding, sequence length {}, segments {:?}, rates {:?}",
+        model.num_params(),
+        text.train_len(),
+        text.held_out_len(),
+        args.ranks,
+        args.sharding,
+        args.seq_length,
+        args.segment_lengths,
+        args.dilation_rates,
+    );
+    let curve = Curve::default();
+    let started = Instant::now();
+    let trained = train(args, model, strategy, &text, &curve)?;
+    let seconds = started.elapsed().as_secs_f64();
+    let steps = curve.train_losses();
+    if steps.is_empty() {
+        return Err("no step was trained: the checkpoint is already at the last step".into());
+    }
+    let tokens = steps.len() * args.batch * args.seq_length;
+    curve::write_csv(&args.artifacts.join("losses.csv"), args.first_step(), &steps)
+        .map_err(|error| format!("cannot write the losses: {error}"))?;
+    let picture = args.artifacts.join("loss.svg");
+    curve::draw(&picture, args, &steps).map_err(|error| format!("cannot draw the losses: {error}"))?;
+
+    let scored = Instant::now();
+    let bits = evaluation::bits_per_byte(&trained, &text, args)?;
+    println!(
+        "held out: {bits:.4} bits per byte over all {} bytes of the last 5% ({:.1} s)",
+        text.held_out_len(),
+        scored.elapsed().as_secs_f64()
+    );
+    println!(
+        "trained {} steps, {tokens} tokens in {seconds:.1} s: {:.0} tokens per second",
+        steps.len(),
+        tokens as f64 / seconds
+    );
+    if let Some(peak) = peak_memory_mb() {
+        println!("peak memory of the process, {} ranks together: {peak:.0} MB", args.ranks);
+    }
+    println!("loss curve: {}", picture.display());
+    if args.sample_bytes > 0 {
+        let text = sample::generate(&trained, &text, args, &device.inner())?;
+        println!("sample (temperature {}):\n{text}", args.temperature);
+    }
+    Ok(())
+}
+
+fn train(
+    args: &Args,
+    model: LongNet,
+    strategy: RingStrategy,
+    text: &Text,
+    curve: &Curve,
+) -> Result<LongNet, String> {
+    let optimizer = AdamWConfig::new()
+        .with_beta_2(0.98)
+        .with_epsilon(1e-8)
+        .with_weight_decay(0.01)
+        .with_grad_clipping(Some(GradientClippingConfig::Norm(1.0)))
+        .init();
+    let schedule = learning_rate(args)
+        .init()
+        .map_err(|error| format!("learning rate: {error}"))?;
+    let interrupter = Interrupter::new();
+    let mut training = SupervisedTraining::new(
+        &args.artifacts,
+        Arc::new(Feed::train(text, args)),
+        Arc::new(Feed::validation(text, args)),
+    )
+    .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))
+    .with_interrupter(interrupter.clone())
+    .num_epochs(args.epochs())
+    .with_default_checkpointers()
+    .with_checkpointing_strategy(KeepLastNCheckpoints::new(2))
+    .metric_train_numeric(BitsPerByteMetric::train(curve))
+    .metric_valid_numeric(BitsPerByteMetric::validation(curve))
+    .renderer(renderer(args, curve, interrupter));
+    if let Some(epoch) = args.resume {
+        training = training.checkpoint(epoch);
+    }
+    let result = training.launch(Learner::new(model, optimizer, schedule));
+    match result.error {
+        Some(error) => Err(error.to_string()),
+        None => Ok(result.model),
+    }
+}
+
+/// Linear warm-up, then half a cosine down to a tenth.
+fn learning_rate(args: &Args) -> ComposedLrSchedulerConfig {
+    let warm_up = (args.steps / 20).clamp(1, 200);
+    ComposedLrSchedulerConfig::new().with_schedulers(vec![
+        LrSchedulerConfig::from(LinearLrSchedulerConfig::new(1e-3, 1.0, warm_up)),
+        LrSchedulerConfig::from(
+            CosineAnnealingLrSchedulerConfig::new(args.learning_rate, args.steps.max(1))
+                .with_min_lr(args.learning_rate / 10.0),
+        ),
+    ])
+}
+
+fn renderer(args: &Args, curve: &Curve, interrupter: Interrupter) -> Box<dyn MetricsRenderer> {
+    use std::io::IsTerminal;
+    if args.plain || !std::io::stdout().is_terminal() {
+        Box::new(progress::Lines::new(args, curve))
+    } else {
+        default_renderer(interrupter, args.resume)
+    }
+}
+
+/// The most memory this process has held, where the system tells.
+fn peak_memory_mb() -> Option<f64> {
+    let status = fs::read_to_string(Path::new("/proc/self/status")).ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let kilobytes: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kilobytes / 1024.0)
+}

@@ -1,0 +1,279 @@
+//! The survey as text.
+
+use ring_core::{AttentionSpec, MemoryEstimate, Span};
+
+use super::{
+    survey::{RankSurvey, Survey},
+    units::{bytes, count, thousands, tokens},
+};
+
+/// With more ranks than this, only the first and the last few are shown.
+const MANY_RANKS: usize = 16;
+/// Ranks shown at either end.
+const SHOWN_AT_ENDS: usize = 4;
+
+/// The whole text.
+pub(super) fn render(spec: &AttentionSpec, survey: &Survey, all: bool) -> String {
+    let mut sections = vec![header(spec, survey), who_and_what(survey, all)];
+    if survey.ranks > 1 {
+        sections.push(what_travels(survey));
+    }
+    sections.push(memory(survey));
+    if let Some(plan) = &survey.plan {
+        sections.push(format!("Steps\n{}", plan.to_string().trim_end()));
+    }
+    sections.join("\n\n")
+}
+
+fn header(spec: &AttentionSpec, survey: &Survey) -> String {
+    let model = survey.model;
+    let mut lines = vec![
+        format!(
+            "{} tokens on {} ranks, {}",
+            thousands(survey.length),
+            thousands(survey.ranks),
+            survey.sharding
+        ),
+        format!("pattern: {}", spec.pattern),
+        format!(
+            "model: batch {}, {} query heads, {} key/value heads, head size {}, {}",
+            model.batch, model.heads, model.kv_heads, model.head_dim, survey.dtype
+        ),
+    ];
+    if let (Some(totals), Some(imbalance)) = (&survey.totals, survey.imbalance) {
+        lines.push(format!(
+            "work: {} pairs in all, {} per rank; imbalance (slowest / mean) {:.3}",
+            count(totals.pairs),
+            count(totals.pairs / survey.ranks as u128),
+            imbalance.pairs
+        ));
+    }
+    lines.join("\n")
+}
+
+/// A column of the table of ranks.
+struct Column {
+    title: &'static str,
+    value: fn(&RankSurvey) -> u128,
+    show: fn(u128) -> String,
+}
+
+fn columns() -> Vec<Column> {
+    let column = |title, value, show| Column { title, value, show };
+    let as_bytes: fn(u128) -> String = |value| bytes(value as u64);
+    let as_number: fn(u128) -> String = |value| thousands(value as usize);
+    vec![
+        column("tokens", |rank| rank.tokens as u128, as_number),
+        column("pairs", |rank| rank.pairs, count),
+        column("hops", |rank| rank.communication.hops as u128, as_number),
+        column(
+            "recv fwd",
+            |rank| rank.communication.forward_received.into(),
+            as_bytes,
+        ),
+        column(
+            "sent fwd",
+            |rank| rank.communication.forward_sent.into(),
+            as_bytes,
+        ),
+        column(
+            "recv bwd",
+            |rank| rank.communication.backward_received.into(),
+            as_bytes,
+        ),
+        column(
+            "sent bwd",
+            |rank| rank.communication.backward_sent.into(),
+            as_bytes,
+        ),
+        column("mem fwd", |rank| rank.forward_memory.total.into(), as_bytes),
+        column(
+            "mem bwd",
+            |rank| rank.backward_memory.total.into(),
+            as_bytes,
+        ),
+    ]
+}
+
+/// Who holds what, and its numbers.
+fn who_and_what(survey: &Survey, all: bool) -> String {
+    let columns = columns();
+    let mut rows = vec![
+        ["rank", "positions"]
+            .into_iter()
+            .chain(columns.iter().map(|column| column.title))
+            .map(str::to_string)
+            .collect::<Vec<_>>(),
+    ];
+    let line = |rank: &RankSurvey| {
+        let numbers = columns
+            .iter()
+            .map(|column| (column.show)((column.value)(rank)));
+        [rank.rank.to_string(), positions(&rank.spans)]
+            .into_iter()
+            .chain(numbers)
+            .collect::<Vec<_>>()
+    };
+    let ranks = &survey.per_rank;
+    if all || ranks.len() <= MANY_RANKS {
+        rows.extend(ranks.iter().map(line));
+    } else {
+        let last = ranks.len() - SHOWN_AT_ENDS;
+        rows.extend(ranks[..SHOWN_AT_ENDS].iter().map(line));
+        rows.push(vec![
+            "...".to_string(),
+            format!("({} more)", last - SHOWN_AT_ENDS),
+        ]);
+        rows.extend(ranks[last..].iter().map(line));
+    }
+    if ranks.len() > 1 {
+        for (name, place) in [
+            ("min", 0),
+            ("median", ranks.len() / 2),
+            ("max", ranks.len() - 1),
+        ] {
+            let numbers = columns.iter().map(|column| {
+                let mut values: Vec<u128> = ranks.iter().map(column.value).collect();
+                values.sort_unstable();
+                (column.show)(values[place])
+            });
+            rows.push(
+                [name.to_string(), String::new()]
+                    .into_iter()
+                    .chain(numbers)
+                    .collect(),
+            );
+        }
+    }
+    aligned(&rows)
+}
+
+fn positions(spans: &[Span]) -> String {
+    let span = |span: &Span| format!("{}..{}", thousands(span.start), thousands(span.end));
+    match spans {
+        [] => "none".to_string(),
+        [one] => span(one),
+        [one, other] => format!("{} + {}", span(one), span(other)),
+        [first, .., last] => format!(
+            "{} .. {} ({} spans)",
+            span(first),
+            span(last),
+            thousands(spans.len())
+        ),
+    }
+}
+
+/// Forward bytes by branch.
+fn what_travels(survey: &Survey) -> String {
+    let of_all = survey.totals.is_some();
+    let mut titles = vec!["received forward, by branch"];
+    titles.extend(if of_all {
+        &["min", "median", "max", "all ranks"][..]
+    } else {
+        &["this rank"][..]
+    });
+    let mut rows = vec![titles.into_iter().map(str::to_string).collect::<Vec<_>>()];
+    let ranks = &survey.per_rank;
+    let mut line = |name: String, values: Vec<u64>| {
+        let mut values = values;
+        values.sort_unstable();
+        let mut cells = vec![name];
+        if of_all {
+            let places = [0, ranks.len() / 2, ranks.len() - 1];
+            cells.extend(places.map(|place| bytes(values[place])));
+        }
+        cells.push(bytes(values.iter().sum()));
+        rows.push(cells);
+    };
+    for (index, branch) in survey.branches.iter().enumerate() {
+        let segment = match branch.segment_length {
+            Some(length) => format!("segments of {}", tokens(length)),
+            None => "whole sequence".to_string(),
+        };
+        line(
+            format!("  {segment}, rate {}", tokens(branch.dilation_rate)),
+            ranks
+                .iter()
+                .map(|rank| rank.communication.received_per_branch[index])
+                .collect(),
+        );
+    }
+    line(
+        "  all branches".to_string(),
+        ranks
+            .iter()
+            .map(|rank| rank.communication.forward_received)
+            .collect(),
+    );
+    format!(
+        "{}\n  (a ring that passes all keys and values round: {} per rank)",
+        aligned(&rows),
+        bytes(survey.plain_ring_received)
+    )
+}
+
+/// Memory of the rank that needs most.
+fn memory(survey: &Survey) -> String {
+    let Some(largest) = survey
+        .per_rank
+        .iter()
+        .max_by_key(|rank| rank.backward_memory.total)
+    else {
+        return String::new();
+    };
+    let title = if survey.totals.is_some() {
+        format!("memory of rank {}, the largest", largest.rank)
+    } else {
+        format!("memory of rank {}", largest.rank)
+    };
+    let estimates = [&largest.forward_memory, &largest.backward_memory];
+    let line = |name: &str, value: &dyn Fn(&MemoryEstimate) -> String| {
+        let mut cells = vec![format!("  {name}")];
+        cells.extend(estimates.map(value));
+        cells
+    };
+    let amount = |name: &str, value: fn(&MemoryEstimate) -> u64| {
+        line(name, &|estimate| bytes(value(estimate)))
+    };
+    aligned(&[
+        vec![title, "forward".to_string(), "backward".to_string()],
+        amount("query", |estimate| estimate.query),
+        amount("key and value", |estimate| estimate.key_value),
+        amount("output and log-sum-exp", |estimate| estimate.output),
+        amount("gradients", |estimate| estimate.gradients),
+        amount("exchange slots", |estimate| estimate.exchange_slots),
+        amount("scratch", |estimate| estimate.scratch),
+        amount("total", |estimate| estimate.total),
+        amount("one device alone", |estimate| estimate.single_device_total),
+        line("reduction", &|estimate| {
+            format!("{:.1} x", estimate.reduction_factor)
+        }),
+    ])
+}
+
+/// Columns aligned: text to the left, numbers to the right. The first row decides which is which.
+fn aligned(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let line = |row: &Vec<String>| {
+        let cells: Vec<String> = row
+            .iter()
+            .zip(&widths)
+            .enumerate()
+            .map(|(column, (cell, &width))| {
+                let text = column == 0 || rows[0][column] == "positions";
+                if text {
+                    format!("{cell:<width$}")
+                } else {
+                    format!("{cell:>width$}")
+                }
+            })
+            .collect();
+        cells.join("  ").trim_end().to_string()
+    };
+    rows.iter().map(line).collect::<Vec<_>>().join("\n")
+}

@@ -1,0 +1,669 @@
+//! The program `attend`: independent numbers, the oracle, and everything that can be wrong with a request.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use clap::Parser;
+use half::{bf16, f16};
+use ring_core::{
+    CommunicationEstimate, Plan,
+    oracle::{OracleInput, attention},
+};
+use ring_examples::attend::{self, Input, Measurement, Options};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde::Deserialize;
+
+/// What f32 kernels with f32 state owe.
+const TOLERANCE: f64 = 2e-5;
+const RESULTS: [&str; 5] = ["out", "lse", "grad_q", "grad_k", "grad_v"];
+const SHARDINGS: [&str; 3] = ["contiguous", "zigzag", "striped:5"];
+/// Options of features that do not exist yet.
+const NOT_YET: [&str; 3] = ["--window", "--document-lengths", "--softcap"];
+
+/// A case of `golden/index.json`.
+#[derive(Deserialize)]
+struct Case {
+    name: String,
+    options: Vec<String>,
+}
+
+impl Case {
+    fn all() -> Vec<Self> {
+        let text = fs::read_to_string(golden("index.json")).unwrap();
+        serde_json::from_str(&text).unwrap()
+    }
+
+    fn file(&self) -> PathBuf {
+        golden(&format!("{}.safetensors", self.name))
+    }
+
+    fn is_supported(&self) -> bool {
+        let asks_for = |feature: &str| {
+            self.options
+                .iter()
+                .any(|option| option.starts_with(feature))
+        };
+        !NOT_YET.into_iter().any(asks_for) && !self.name.starts_with("alibi")
+    }
+
+    /// Results computed without a process of their own.
+    fn compute(&self, more: &[&str]) -> BTreeMap<&'static str, Vec<f32>> {
+        let file = self.file();
+        let fixed = ["attend", "--output", "none", "--input", path(&file)];
+        let options = fixed
+            .into_iter()
+            .chain(self.options.iter().map(String::as_str))
+            .chain(more.iter().copied());
+        let outcome = attend::compute(&Options::try_parse_from(options).unwrap())
+            .unwrap_or_else(|failure| panic!("{}: {failure}", self.name));
+        let tensors = outcome.tensors().into_iter();
+        tensors
+            .map(|(name, tensor)| (name, tensor.values()))
+            .collect()
+    }
+}
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(name)
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// The f32 tensors of a file.
+fn read(file: &Path) -> BTreeMap<String, Vec<f32>> {
+    let bytes = fs::read(file).unwrap();
+    SafeTensors::deserialize(&bytes)
+        .unwrap()
+        .iter()
+        .map(|(name, view)| {
+            assert_eq!(view.dtype(), Dtype::F32, "{name}");
+            let (words, _) = view.data().as_chunks::<4>();
+            let values = words.iter().map(|word| f32::from_le_bytes(*word)).collect();
+            (name.to_string(), values)
+        })
+        .collect()
+}
+
+/// `||got - expected|| / ||expected||`; the same `-inf` in both.
+fn distance(got: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(got.len(), expected.len());
+    let (mut error, mut norm) = (0.0, 0.0);
+    for (&got, &expected) in got.iter().zip(expected) {
+        if got == f32::NEG_INFINITY || expected == f32::NEG_INFINITY {
+            assert_eq!(got, expected);
+            continue;
+        }
+        assert!(got.is_finite(), "got {got}, expected {expected}");
+        error += (f64::from(got) - f64::from(expected)).powi(2);
+        norm += f64::from(expected).powi(2);
+    }
+    error.sqrt() / norm.sqrt().max(1e-12)
+}
+
+fn attend(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_attend"))
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+/// Exit status 2, one line on standard error, nothing on standard output; returns the line.
+fn refused(arguments: &[&str]) -> String {
+    let result = attend(arguments);
+    let error = String::from_utf8(result.stderr).unwrap();
+    assert_eq!(result.status.code(), Some(2), "{arguments:?}: {error}");
+    assert_eq!(error.lines().count(), 1, "{arguments:?}: {error}");
+    assert!(result.stdout.is_empty(), "{arguments:?}");
+    error
+}
+
+fn is_empty(directory: &Path) -> bool {
+    fs::read_dir(directory).unwrap().next().is_none()
+}
+
+#[test]
+fn golden_numbers_come_out_for_every_number_of_ranks_and_sharding() {
+    for case in Case::all().iter().filter(|case| case.is_supported()) {
+        let expected = read(&case.file());
+        for ranks in ["1", "2", "3", "4", "7"] {
+            for sharding in SHARDINGS {
+                let got = case.compute(&["--ranks", ranks, "--sharding", sharding]);
+                for name in RESULTS {
+                    let distance = distance(&got[name], &expected[name]);
+                    assert!(
+                        distance <= TOLERANCE,
+                        "{name} of {} off by {distance:e} on {ranks} ranks, {sharding}",
+                        case.name
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_program_writes_the_golden_numbers() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = directory.path().join("out.safetensors");
+    for case in Case::all().iter().filter(|case| case.is_supported()) {
+        let file = case.file();
+        let mut arguments = vec!["--input", path(&file), "--output", path(&output)];
+        arguments.extend(case.options.iter().map(String::as_str));
+        arguments.extend(["--ranks", "3", "--sharding", "zigzag", "--threads", "2"]);
+        let result = attend(&arguments);
+        let error = String::from_utf8(result.stderr).unwrap();
+        assert!(result.status.success(), "{}: {error}", case.name);
+        assert!(result.stdout.is_empty() && error.is_empty(), "{error}");
+        let (got, expected) = (read(&output), read(&file));
+        assert_eq!(got.len(), RESULTS.len());
+        for name in RESULTS {
+            assert!(
+                distance(&got[name], &expected[name]) <= TOLERANCE,
+                "{name} of {}",
+                case.name
+            );
+        }
+        assert_eq!(
+            fs::read_dir(directory.path()).unwrap().count(),
+            1,
+            "no draft is left"
+        );
+        let bytes = fs::read(&output).unwrap();
+        let input = fs::read(&file).unwrap();
+        let (output, input) = (
+            SafeTensors::deserialize(&bytes).unwrap(),
+            SafeTensors::deserialize(&input).unwrap(),
+        );
+        for name in RESULTS {
+            let shape = |tensors: &SafeTensors<'_>| tensors.tensor(name).unwrap().shape().to_vec();
+            assert_eq!(shape(&output), shape(&input), "{name}");
+        }
+    }
+}
+
+#[test]
+fn without_an_incoming_gradient_there_are_no_gradients() {
+    let directory = tempfile::tempdir().unwrap();
+    let (input, output) = (directory.path().join("in"), directory.path().join("out"));
+    write(
+        &input,
+        &[
+            ("q", &[1, 2, 6, 4]),
+            ("k", &[1, 1, 6, 4]),
+            ("v", &[1, 1, 6, 4]),
+        ],
+    );
+    let result = attend(&[
+        "--input",
+        path(&input),
+        "--output",
+        path(&output),
+        "--ranks",
+        "2",
+    ]);
+    assert!(result.status.success());
+    let names: Vec<String> = read(&output).into_keys().collect();
+    assert_eq!(names, ["lse", "out"]);
+    let line = refused(&[
+        "--input",
+        path(&input),
+        "--output",
+        path(&output),
+        "--backward",
+    ]);
+    assert!(line.contains("grad_out"), "{line}");
+}
+
+#[test]
+fn rows_beyond_the_sequence_and_empty_shards_are_no_trouble() {
+    let directory = tempfile::tempdir().unwrap();
+    let (input, output) = (directory.path().join("in"), directory.path().join("out"));
+    for (queries, keys) in [(0, 0), (3, 0), (0, 3), (1, 2)] {
+        let query: [usize; 4] = [1, 2, queries, 4];
+        let key: [usize; 4] = [1, 2, keys, 4];
+        write(
+            &input,
+            &[
+                ("q", &query),
+                ("k", &key),
+                ("v", &key),
+                ("grad_out", &query),
+            ],
+        );
+        let result = attend(&[
+            "--input",
+            path(&input),
+            "--output",
+            path(&output),
+            "--ranks",
+            "5",
+        ]);
+        let error = String::from_utf8(result.stderr).unwrap();
+        assert!(result.status.success(), "{error}");
+        let got = read(&output);
+        assert_eq!(got["out"].len(), 8 * queries);
+        assert_eq!(got["grad_k"].len(), 8 * keys);
+        if keys == 0 {
+            assert!(got["lse"].iter().all(|&lse| lse == f32::NEG_INFINITY));
+            assert!(got["out"].iter().all(|&out| out == 0.0));
+        }
+    }
+}
+
+#[test]
+fn rounded_inputs_give_what_the_oracle_says_of_them() {
+    for name in [
+        "full_gqa_causal",
+        "dilated_1_2_4_causal",
+        "head_groups_causal",
+        "full_cross",
+    ] {
+        let case = Case::all()
+            .into_iter()
+            .find(|case| case.name == name)
+            .unwrap();
+        let rounded: [(&str, fn(f32) -> f32); 2] = [
+            ("bf16", |x| bf16::from_f32(x).to_f32()),
+            ("f16", |x| f16::from_f32(x).to_f32()),
+        ];
+        for (dtype, round) in rounded {
+            let file = case.file();
+            let mut arguments = vec!["attend", "--output", "none", "--input", path(&file)];
+            arguments.extend(case.options.iter().map(String::as_str));
+            let options = Options::try_parse_from(arguments).unwrap();
+            let spec = options.spec(&Input::open(&options).unwrap()).unwrap();
+            let tensors = read(&file);
+            let wide = |name: &str| -> Vec<f64> {
+                tensors[name].iter().map(|&x| f64::from(round(x))).collect()
+            };
+            let oracle = attention(
+                &spec,
+                OracleInput {
+                    query: &wide("q"),
+                    key: &wide("k"),
+                    value: &wide("v"),
+                    grad_output: Some(&wide("grad_out")),
+                    grad_log_sum_exp: None,
+                },
+            );
+            let narrow =
+                |values: &[f64]| -> Vec<f32> { values.iter().map(|&x| x as f32).collect() };
+            for ranks in ["1", "3"] {
+                let got = case.compute(&["--dtype", dtype, "--ranks", ranks]);
+                for (name, expected) in [
+                    ("out", &oracle.output),
+                    ("lse", &oracle.log_sum_exp),
+                    ("grad_q", &oracle.grad_query),
+                    ("grad_k", &oracle.grad_key),
+                    ("grad_v", &oracle.grad_value),
+                ] {
+                    let distance = distance(&got[name], &narrow(expected));
+                    assert!(
+                        distance <= 5e-3,
+                        "{name} of {} in {dtype}: {distance:e}",
+                        case.name
+                    );
+                    if name == "lse" {
+                        assert!(distance <= TOLERANCE, "state is f32: {distance:e}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn features_that_do_not_exist_are_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = directory.path().join("out.safetensors");
+    let cases = Case::all();
+    let unsupported: Vec<&Case> = cases.iter().filter(|case| !case.is_supported()).collect();
+    assert_eq!(unsupported.len(), 5);
+    for case in unsupported {
+        let file = case.file();
+        let mut arguments = vec!["--input", path(&file), "--output", path(&output)];
+        arguments.extend(case.options.iter().map(String::as_str));
+        let line = refused(&arguments);
+        assert!(line.starts_with("not supported: "), "{line}");
+    }
+    for option in ["--transport=mpi", "--device=cuda", "--window=-1,4"] {
+        let line = refused(&["--random", "1,1,1,8,4", option, "--output", path(&output)]);
+        assert!(line.starts_with("not supported: "), "{line}");
+    }
+    assert!(is_empty(directory.path()));
+}
+
+/// Writes f32 tensors of ones.
+fn write(file: &Path, tensors: &[(&str, &[usize])]) {
+    write_as(file, tensors, Dtype::F32);
+}
+
+fn write_as(file: &Path, tensors: &[(&str, &[usize])], dtype: Dtype) {
+    let bytes: Vec<Vec<u8>> = tensors
+        .iter()
+        .map(|(_, shape)| match dtype {
+            Dtype::F32 => 1_f32.to_le_bytes().repeat(shape.iter().product()),
+            _ => vec![0; 2 * shape.iter().product::<usize>()],
+        })
+        .collect();
+    let views = tensors.iter().zip(&bytes).map(|((name, shape), bytes)| {
+        let view = TensorView::new(dtype, shape.to_vec(), bytes).unwrap();
+        (name.to_string(), view)
+    });
+    safetensors::serialize_to_file(views, None, file).unwrap();
+}
+
+#[test]
+fn files_that_make_no_sense_are_refused() {
+    let inputs = tempfile::tempdir().unwrap();
+    let outputs = tempfile::tempdir().unwrap();
+    let output = outputs.path().join("out.safetensors");
+    let file = inputs.path().join("in.safetensors");
+    let q: (&str, &[usize]) = ("q", &[1, 4, 8, 4]);
+    let k: (&str, &[usize]) = ("k", &[1, 2, 8, 4]);
+    let v: (&str, &[usize]) = ("v", &[1, 2, 8, 4]);
+    let refused_file = |words: &[&str]| {
+        let line = refused(&["--input", path(&file), "--output", path(&output)]);
+        for word in words {
+            assert!(line.contains(word), "{line}");
+        }
+    };
+
+    refused_file(&["cannot read"]);
+    fs::create_dir(&file).unwrap();
+    refused_file(&[]);
+    fs::remove_dir(&file).unwrap();
+    for garbage in [
+        &b""[..],
+        b"short",
+        b"no safetensors file, only text",
+        &[255; 64],
+    ] {
+        fs::write(&file, garbage).unwrap();
+        refused_file(&["not a safetensors file"]);
+    }
+    let cases: [(&[(&str, &[usize])], &[&str]); 10] = [
+        (&[], &["\"q\""]),
+        (&[q, k], &["\"v\"", "has k, q"]),
+        (
+            &[("q", &[4, 8, 4]), k, v],
+            &["\"q\"", "[4, 8, 4]", "four sizes"],
+        ),
+        (&[q, k, ("v", &[1, 2, 7, 4])], &["\"v\"", "[1, 2, 7, 4]"]),
+        (&[q, ("k", &[2, 2, 8, 4]), v], &["\"k\"", "[2, 2, 8, 4]"]),
+        (&[q, ("k", &[1, 2, 8, 5]), v], &["\"k\"", "head size"]),
+        (&[q, k, v, ("grad_out", &[1, 4, 8, 5])], &["\"grad_out\""]),
+        (
+            &[q, ("k", &[1, 3, 8, 4]), ("v", &[1, 3, 8, 4])],
+            &["4 query heads", "3 key/value"],
+        ),
+        (
+            &[
+                ("q", &[1, 4, 8, 0]),
+                ("k", &[1, 2, 8, 0]),
+                ("v", &[1, 2, 8, 0]),
+            ],
+            &["head size"],
+        ),
+        (
+            &[q, k, v, ("alibi_slopes", &[4])],
+            &["not supported", "alibi_slopes"],
+        ),
+    ];
+    for (tensors, words) in cases {
+        write(&file, tensors);
+        refused_file(words);
+    }
+    write_as(&file, &[q, k, v], Dtype::BF16);
+    refused_file(&["\"q\"", "BF16", "F32"]);
+    write(&file, &[q, k, v]);
+    let whole = fs::read(&file).unwrap();
+    fs::write(&file, &whole[..whole.len() - 4]).unwrap();
+    refused_file(&["not a safetensors file"]);
+    assert!(is_empty(outputs.path()));
+}
+
+#[test]
+fn arguments_that_make_no_sense_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = directory.path().join("out.safetensors");
+    let (output, file) = (path(&output), golden("full.safetensors"));
+    let from_file = ["--input", path(&file), "--output", output];
+    let drawn = ["--random", "1,4,2,16,4", "--output", output];
+    let cases: [(&[&str], &str); 24] = [
+        (&["--segment-lengths", "4,8"], "0 dilation rates"),
+        (&["--dilation-rates", "1,2"], "0 segment lengths"),
+        (
+            &["--segment-lengths", "4", "--dilation-rates", "1,2"],
+            "1 segment lengths but 2",
+        ),
+        (
+            &["--segment-lengths", "4,8", "--dilation-rates", "1,0"],
+            "dilation rate 1 is 0",
+        ),
+        (
+            &["--segment-lengths", "0", "--dilation-rates", "1"],
+            "segment length 0 is 0",
+        ),
+        (
+            &["--segment-lengths", "4,-8", "--dilation-rates", "1,2"],
+            "-8",
+        ),
+        (
+            &["--segment-lengths", "4,,8", "--dilation-rates", "1,2,3"],
+            "whole number",
+        ),
+        (
+            &["--segment-lengths", "", "--dilation-rates", ""],
+            "whole number",
+        ),
+        (&["--scale", "nan"], "NaN"),
+        (&["--scale", "inf"], "finite"),
+        (&["--scale", "big"], "big"),
+        (&["--ranks", "0"], "1 to"),
+        (&["--ranks", "-1"], "-1"),
+        (&["--threads", "0"], "1 to"),
+        (&["--deadline", "0"], "positive"),
+        (&["--deadline", "nan"], "positive"),
+        (&["--repeat", "0"], "1 to"),
+        (&["--sharding", "ring"], "zigzag"),
+        (&["--sharding", "striped:0"], "striped"),
+        (&["--offsets", "round"], "cyclic"),
+        (&["--mixing", "best"], "longnet"),
+        (&["--dtype", "f8"], "bf16"),
+        (&["--transport", "pigeon"], "loopback"),
+        (&["--colour", "red"], "--colour"),
+    ];
+    for (arguments, word) in cases {
+        for source in [from_file, drawn] {
+            let line = refused(&[&source[..], arguments].concat());
+            assert!(line.contains(word), "{line}");
+        }
+    }
+    let cases: [(&[&str], &str); 12] = [
+        (&[], "--input"),
+        (&["--output", output], "--random"),
+        (&["--input", path(&file)], "--output"),
+        (
+            &[
+                "--input",
+                path(&file),
+                "--random",
+                "1,1,1,8,4",
+                "--output",
+                output,
+            ],
+            "--random",
+        ),
+        (
+            &["--input", path(&file), "--output", output, "--seed", "1"],
+            "--seed",
+        ),
+        (&["--random", "1,2,3,4"], "5"),
+        (&["--random", "1,3,2,16,4"], "not a multiple"),
+        (&["--random", "1,0,2,16,4"], "at least 1"),
+        (&["--random", "1,2,2,16,0"], "at least 1"),
+        (&["--random", "1e9,1e9,1e9,1e9,4"], "--random"),
+        (
+            &["--random", "1,2,2,16,4", "--output", path(directory.path())],
+            "cannot write",
+        ),
+        (
+            &["--random", "1,2,2,16,4", "--output", "no/such/folder/out"],
+            "cannot write",
+        ),
+    ];
+    for (arguments, word) in cases {
+        let line = refused(arguments);
+        assert!(line.contains(word), "{line}");
+    }
+    let line = refused(&[
+        "--random",
+        "1,2,2,16,4",
+        "--mixing",
+        "head-groups",
+        "--segment-lengths",
+        "4,8,16",
+        "--dilation-rates",
+        "1,2,4",
+        "--output",
+        output,
+    ]);
+    assert!(line.contains("head groups"), "{line}");
+    assert!(is_empty(directory.path()));
+}
+
+#[test]
+fn a_failed_rank_is_named_and_leaves_no_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = directory.path().join("out.safetensors");
+    // More memory than there is.
+    let result = attend(&[
+        "--random",
+        "1000,1000,1000,1e9,1",
+        "--ranks",
+        "2",
+        "--output",
+        path(&output),
+    ]);
+    let error = String::from_utf8(result.stderr).unwrap();
+    assert_eq!(result.status.code(), Some(1), "{error}");
+    assert!(
+        error.starts_with("error: rank ") && error.contains("could not allocate"),
+        "{error}"
+    );
+    assert_eq!(error.lines().count(), 1, "{error}");
+    assert!(is_empty(directory.path()));
+}
+
+#[test]
+fn random_runs_print_one_line_whose_bytes_are_the_plans() {
+    let arguments = [
+        "--random",
+        "1,4,2,96,8",
+        "--segment-lengths",
+        "16,64,96",
+        "--dilation-rates",
+        "1,2,4",
+        "--causal",
+        "--ranks",
+        "3",
+        "--sharding",
+        "zigzag",
+        "--repeat",
+        "2",
+        "--backward",
+        "--threads",
+        "2",
+        "--dtype",
+        "bf16",
+    ];
+    let result = attend(&arguments);
+    assert!(result.status.success() && result.stderr.is_empty());
+    let text = String::from_utf8(result.stdout).unwrap();
+    assert_eq!(text.lines().count(), 1);
+    let line: Measurement = serde_json::from_str(&text).unwrap();
+
+    let options = Options::try_parse_from(["attend"].iter().chain(&arguments)).unwrap();
+    let spec = options.spec(&Input::open(&options).unwrap()).unwrap();
+    let estimates: Vec<CommunicationEstimate> = (0..3)
+        .map(|rank| CommunicationEstimate::new(&Plan::new(&spec, rank).unwrap()))
+        .collect();
+    let forward: Vec<u64> = estimates
+        .iter()
+        .map(|bytes| bytes.forward_received)
+        .collect();
+    let backward: Vec<u64> = estimates
+        .iter()
+        .map(|bytes| bytes.backward_received)
+        .collect();
+    assert!(forward.iter().sum::<u64>() > 0);
+    assert_eq!(line.bytes_received, forward);
+    assert_eq!(line.backward_bytes_received, Some(backward));
+    assert_eq!((line.ranks, line.threads, line.repeat), (3, 2, 2));
+    assert_eq!((line.dtype.as_str(), line.shape.queries), ("bf16", 96));
+    assert!((line.input_mb - 2e-6 * 96.0 * 8.0 * 12.0).abs() < 1e-12);
+    let backward = line.backward_s.unwrap();
+    for times in [line.forward_s, backward] {
+        assert!(0.0 < times.min && times.min <= times.median);
+    }
+    assert!(line.peak_rss_mb.is_none_or(|peak| peak > line.input_mb));
+}
+
+#[test]
+fn without_backward_there_is_none_in_the_line() {
+    let result = attend(&["--random", "1,2,2,32,4"]);
+    let line: serde_json::Value = serde_json::from_slice(&result.stdout).unwrap();
+    assert!(line["backward_s"].is_null() && line["backward_bytes_received"].is_null());
+    assert_eq!(line["bytes_received"], serde_json::json!([0]));
+}
+
+#[test]
+fn drawn_numbers_depend_on_the_seed_alone() {
+    let draw = |more: &[&str]| {
+        let fixed = [
+            "attend",
+            "--random",
+            "1,2,1,40,4",
+            "--output",
+            "none",
+            "--backward",
+        ];
+        let options = Options::try_parse_from(fixed.iter().chain(more)).unwrap();
+        let outcome = attend::compute(&options).unwrap();
+        let tensors = outcome.tensors().into_iter();
+        tensors
+            .map(|(_, tensor)| tensor.values())
+            .collect::<Vec<_>>()
+    };
+    let one = draw(&["--seed", "7"]);
+    let many = draw(&["--seed", "7", "--ranks", "4", "--sharding", "zigzag"]);
+    for (one, many) in one.iter().zip(&many) {
+        assert!(distance(many, one) <= TOLERANCE);
+    }
+    assert!(distance(&draw(&["--seed", "8"])[0], &one[0]) > 0.1);
+}
+
+#[test]
+fn help_tells_what_is_computed_and_how_files_look() {
+    let result = attend(&["--help"]);
+    assert!(result.status.success());
+    let text = String::from_utf8(result.stdout).unwrap();
+    for word in [
+        "softmax",
+        "grad_out",
+        "Examples:",
+        "--segment-lengths",
+        "Exit status",
+    ] {
+        assert!(text.contains(word), "{word}");
+    }
+}

@@ -1,0 +1,327 @@
+//! The program `plan`.
+
+use std::{
+    fs,
+    process::{Command, Output},
+    time::{Duration, Instant},
+};
+
+use ring_examples::plan::Survey;
+
+fn plan(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_plan"))
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+fn text(arguments: &[&str]) -> String {
+    let result = plan(arguments);
+    let error = String::from_utf8(result.stderr).unwrap();
+    assert!(
+        result.status.success() && error.is_empty(),
+        "{arguments:?}: {error}"
+    );
+    String::from_utf8(result.stdout).unwrap()
+}
+
+fn survey(arguments: &[&str]) -> Survey {
+    let text = text(&[arguments, &["--json"]].concat());
+    serde_json::from_str(&text).unwrap()
+}
+
+const LONGNET: [&str; 9] = [
+    "--length",
+    "64K",
+    "--ranks",
+    "4",
+    "--segment-lengths",
+    "4K,16K,64K",
+    "--dilation-rates",
+    "1,4,16",
+    "--heads=8",
+];
+
+#[test]
+fn the_table_says_who_holds_sends_and_computes_what() {
+    let table = text(&LONGNET);
+    for words in [
+        "65,536 tokens on 4 ranks, contiguous",
+        "8 query heads",
+        "0..16,384",
+        "49,152..65,536",
+        "recv fwd",
+        "sent bwd",
+        "imbalance (slowest / mean) 1.000",
+        "segments of 16K, rate 4",
+        "exchange slots",
+        "reduction",
+        "median",
+    ] {
+        assert!(table.contains(words), "{words} is not in\n{table}");
+    }
+}
+
+#[test]
+fn many_ranks_are_shortened_unless_all_are_wanted() {
+    let arguments = ["--length", "1M", "--ranks", "40", "--heads", "2"];
+    let short = text(&arguments);
+    assert!(
+        short.contains("(32 more)") && !short.contains("\n20 "),
+        "{short}"
+    );
+    let all = text(&[&arguments[..], &["--all"]].concat());
+    assert!(all.contains("\n20 ") && !all.contains(" more)"), "{all}");
+}
+
+#[test]
+fn one_rank_is_shown_with_its_steps() {
+    let table = text(&[&LONGNET[..], &["--rank", "2"]].concat());
+    for words in [
+        "rank 2 of 4",
+        "step 0",
+        "receive",
+        "this rank",
+        "memory of rank 2",
+    ] {
+        assert!(table.contains(words), "{words} is not in\n{table}");
+    }
+    let survey = survey(&[&LONGNET[..], &["--rank", "2"]].concat());
+    assert_eq!(survey.per_rank.len(), 1);
+    assert_eq!(survey.plan.unwrap().rank(), 2);
+}
+
+#[test]
+fn sums_hold() {
+    for sharding in ["contiguous", "zigzag", "striped"] {
+        for causal in [&[][..], &["--causal"]] {
+            let survey = survey(&[&LONGNET[..], &["--sharding", sharding], causal].concat());
+            let totals = survey.totals.unwrap();
+            let sum = |value: &dyn Fn(&ring_core::CommunicationEstimate) -> u64| -> u64 {
+                let ranks = survey.per_rank.iter();
+                ranks.map(|rank| value(&rank.communication)).sum()
+            };
+            assert_eq!(sum(&|bytes| bytes.forward_sent), totals.forward_received);
+            assert_eq!(sum(&|bytes| bytes.backward_sent), totals.backward_received);
+            assert_eq!(
+                totals.received_per_branch.iter().sum::<u64>(),
+                totals.forward_received
+            );
+            assert_eq!(
+                survey
+                    .per_rank
+                    .iter()
+                    .map(|rank| rank.tokens)
+                    .sum::<usize>(),
+                65_536
+            );
+            let pairs = survey.per_rank.iter().map(|rank| rank.pairs);
+            assert_eq!(pairs.clone().sum::<u128>(), totals.pairs);
+            let mean = totals.pairs as f64 / 4.0;
+            let imbalance = pairs.max().unwrap() as f64 / mean;
+            assert!((imbalance - survey.imbalance.unwrap().pairs).abs() < 1e-9);
+            for rank in &survey.per_rank {
+                let memory = &rank.backward_memory;
+                let sum = memory.query
+                    + memory.key_value
+                    + memory.output
+                    + memory.gradients
+                    + memory.exchange_slots
+                    + memory.scratch;
+                assert_eq!(sum, memory.total);
+            }
+        }
+    }
+}
+
+#[test]
+fn causal_zigzag_is_balanced_and_causal_contiguous_is_not() {
+    let imbalance = |sharding| {
+        let arguments = [
+            "--length",
+            "64K",
+            "--ranks",
+            "8",
+            "--causal",
+            "--sharding",
+            sharding,
+        ];
+        survey(&arguments).imbalance.unwrap().pairs
+    };
+    assert!(imbalance("zigzag") < 1.01);
+    assert!(imbalance("contiguous") > 1.5);
+}
+
+/// Tags open and close in order, text is escaped, every number is one.
+fn assert_well_formed(svg: &str) {
+    let mut open = Vec::new();
+    let mut rest = svg;
+    while let Some(start) = rest.find('<') {
+        assert!(
+            !rest[..start].contains('>'),
+            "a stray > before {}",
+            &rest[start..][..20]
+        );
+        let end = start + rest[start..].find('>').expect("a tag that ends");
+        let tag = &rest[start + 1..end];
+        rest = &rest[end + 1..];
+        if tag.starts_with(['?', '!']) {
+            continue;
+        }
+        assert!(
+            !tag.contains("NaN") && tag.matches('"').count() % 2 == 0,
+            "{tag}"
+        );
+        let name = |tag: &str| tag.split_whitespace().next().unwrap_or("").to_string();
+        if let Some(closed) = tag.strip_prefix('/') {
+            assert_eq!(open.pop(), Some(name(closed)));
+        } else if !tag.ends_with('/') {
+            open.push(name(tag));
+        }
+    }
+    assert!(open.is_empty(), "{open:?} never end");
+}
+
+#[test]
+fn pictures_are_well_formed_and_small() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("plan.svg");
+    let cases: [&[&str]; 6] = [
+        &[
+            "--length",
+            "1e9",
+            "--ranks",
+            "1024",
+            "--rank",
+            "3",
+            "--heads",
+            "4",
+            "--segment-lengths",
+            "2048,64K,2M,64M,1e9",
+            "--dilation-rates",
+            "1,32,1024,32768,1048576",
+        ],
+        &[
+            "--length",
+            "100",
+            "--ranks",
+            "3",
+            "--segment-lengths",
+            "10,100",
+            "--dilation-rates",
+            "1,7",
+        ],
+        &[
+            "--length",
+            "64K",
+            "--ranks",
+            "12",
+            "--sharding",
+            "striped:100",
+            "--causal",
+        ],
+        &[
+            "--length",
+            "64K",
+            "--ranks",
+            "6",
+            "--sharding",
+            "zigzag",
+            "--mixing",
+            "head-groups",
+            "--segment-lengths",
+            "1K,8K,64K",
+            "--dilation-rates",
+            "1,2,4",
+        ],
+        &["--length", "0"],
+        &["--length", "1", "--ranks", "1"],
+    ];
+    for arguments in cases {
+        text(&[arguments, &["--svg", file.to_str().unwrap()]].concat());
+        let svg = fs::read_to_string(&file).unwrap();
+        assert!(svg.starts_with("<svg") && svg.contains("position (tokens)"));
+        assert!(
+            svg.len() < 1_000_000,
+            "{} bytes for {arguments:?}",
+            svg.len()
+        );
+        assert_well_formed(&svg);
+    }
+}
+
+#[test]
+fn a_thousand_million_tokens_are_planned_quickly() {
+    let started = Instant::now();
+    let survey = survey(&[
+        "--length",
+        "1e9",
+        "--ranks",
+        "128",
+        "--segment-lengths",
+        "2048,64K,2M,64M,1e9",
+        "--dilation-rates",
+        "1,32,1024,32768,1048576",
+        "--causal",
+        "--dtype",
+        "bf16",
+    ]);
+    assert_eq!(survey.per_rank.len(), 128);
+    assert!(
+        started.elapsed() < Duration::from_secs(120),
+        "{:?}",
+        started.elapsed()
+    );
+}
+
+#[test]
+fn requests_that_make_no_sense_are_refused() {
+    let length = ["--length", "64K"];
+    let cases: [(&[&str], &str); 14] = [
+        (&[], "--length"),
+        (&["--length", "many"], "whole number"),
+        (&["--length", "2e12"], "largest"),
+        (&["--length", "64K", "--ranks", "0"], "1 to"),
+        (
+            &["--length", "64K", "--ranks", "4", "--rank", "4"],
+            "0 to 3",
+        ),
+        (
+            &["--length", "64K", "--heads", "5", "--kv-heads", "2"],
+            "not a multiple",
+        ),
+        (&["--length", "64K", "--heads", "0"], "at least 1"),
+        (&["--length", "64K", "--head-dim", "1000000000"], "at most"),
+        (
+            &["--length", "64K", "--segment-lengths", "4"],
+            "0 dilation rates",
+        ),
+        (
+            &[
+                "--length",
+                "64K",
+                "--segment-lengths",
+                "4",
+                "--dilation-rates",
+                "0",
+            ],
+            "is 0",
+        ),
+        (&["--length", "64K", "--window", "4,4"], "not supported"),
+        (&["--length", "64K", "--sharding", "ring"], "zigzag"),
+        (&["--length", "64K", "--rank", "1", "--all"], "--all"),
+        (
+            &["--length", "64K", "--svg", "no/such/folder/plan.svg"],
+            "cannot write",
+        ),
+    ];
+    assert!(plan(&length).status.success());
+    for (arguments, word) in cases {
+        let result = plan(arguments);
+        let error = String::from_utf8(result.stderr).unwrap();
+        assert_eq!(result.status.code(), Some(2), "{arguments:?}: {error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+        assert!(error.contains(word), "{error}");
+        assert!(result.stdout.is_empty());
+    }
+}

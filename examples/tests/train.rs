@@ -1,0 +1,138 @@
+//! The `train` program, run as a user runs it, on a small text and a small model.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use tempfile::TempDir;
+
+/// A text with something to learn, in a directory of its own.
+fn workplace() -> (TempDir, PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("text.txt");
+    let line = "the quick brown fox jumps over the lazy dog; ";
+    fs::write(&file, line.repeat(150)).unwrap();
+    (directory, file)
+}
+
+fn train(directory: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_train"))
+        .current_dir(directory)
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+const SMALL: [&str; 20] = [
+    "--data", "text.txt", "--seq-length", "256", "--segment-lengths", "32,64,256",
+    "--dilation-rates", "1,2,4", "--embed-dim", "32", "--layers", "2", "--checkpoint-every", "25",
+    "--sample-bytes", "0", "--seed", "7", "--learning-rate", "0.003",
+];
+
+/// Trains the small model and reads its losses.
+fn losses(directory: &Path, artifacts: &str, extra: &[&str]) -> Vec<f64> {
+    let mut arguments = SMALL.to_vec();
+    arguments.extend(["--artifacts", artifacts]);
+    arguments.extend(extra);
+    let output = train(directory, &arguments);
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let csv = fs::read_to_string(directory.join(artifacts).join("losses.csv")).unwrap();
+    csv.lines()
+        .skip(1)
+        .map(|line| line.split(',').nth(1).unwrap().parse().unwrap())
+        .collect()
+}
+
+fn assert_agree(got: &[f64], expected: &[f64]) {
+    assert_eq!(got.len(), expected.len());
+    for (step, (got, expected)) in got.iter().zip(expected).enumerate() {
+        assert!((got / expected - 1.0).abs() < 1e-3, "step {step}: {got} and {expected}");
+    }
+}
+
+#[test]
+fn losses_do_not_depend_on_ranks_or_sharding() {
+    let (directory, _) = workplace();
+    let run = |name: &str, ranks: &str, sharding: &str| {
+        let extra = ["--steps", "50", "--ranks", ranks, "--sharding", sharding];
+        losses(directory.path(), name, &extra)
+    };
+    let expected = run("one", "1", "contiguous");
+    assert_eq!(expected.len(), 50);
+    assert!(expected[49] < 0.8 * expected[0], "nothing was learned: {expected:?}");
+    for (ranks, sharding) in [("2", "contiguous"), ("2", "zigzag"), ("4", "contiguous"), ("4", "zigzag")] {
+        assert_agree(&run(&format!("{ranks}-{sharding}"), ranks, sharding), &expected);
+    }
+}
+
+#[test]
+fn a_checkpoint_resumes_on_another_number_of_ranks() {
+    let (directory, _) = workplace();
+    let whole = losses(directory.path(), "whole", &["--steps", "50", "--ranks", "2"]);
+    // As if the run had been stopped after its first checkpoint.
+    fs::remove_file(directory.path().join("whole/checkpoint/model-2.bpk")).unwrap();
+    let rest = losses(
+        directory.path(),
+        "whole",
+        &["--steps", "50", "--ranks", "3", "--resume", "1"],
+    );
+    assert_agree(&rest, &whole[25..]);
+}
+
+#[test]
+fn a_run_ends_with_its_figures_and_a_picture() {
+    let (directory, _) = workplace();
+    let mut arguments = SMALL.to_vec();
+    arguments.extend(["--steps", "4", "--ranks", "3"]);
+    arguments[15] = "20";
+    let output = train(directory.path(), &arguments);
+    let text = String::from_utf8(output.stdout).unwrap();
+    // Every byte of the last 5% is scored.
+    let held_out = 150 * 45 / 20;
+    assert!(text.contains(&format!("bits per byte over all {held_out} bytes")), "{text}");
+    for expected in ["tokens per second", "peak memory", "loss.svg", "sample (temperature"] {
+        assert!(text.contains(expected), "{expected} is missing in {text}");
+    }
+    let picture = fs::read_to_string(directory.path().join("artifacts/loss.svg")).unwrap();
+    assert!(picture.contains("<svg") && picture.contains("bits per byte"));
+}
+
+#[test]
+fn bad_input_is_one_line_and_status_2() {
+    let (directory, _) = workplace();
+    fs::write(directory.path().join("empty.txt"), "").unwrap();
+    for bad in [
+        &["--data", "missing.txt"][..],
+        &["--data", "empty.txt"],
+        &["--data", "."],
+        &["--ranks", "0"],
+        &["--steps", "0"],
+        &["--seq-length", "0"],
+        &["--seq-length", "100000000"],
+        &["--heads", "3"],
+        &["--kv-heads", "3"],
+        &["--segment-lengths", "64"],
+        &["--segment-lengths", "64,0,1"],
+        &["--dilation-rates", "1,0,1"],
+        &["--dropout", "1"],
+        &["--learning-rate", "NaN"],
+        &["--temperature", "0"],
+        &["--sharding", "diagonal"],
+        &["--resume", "1"],
+        &["--deadline", "0"],
+        &["--layers", "0"],
+        &["--embed-dim", "12", "--heads", "4"],
+    ] {
+        let output = train(directory.path(), bad);
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{bad:?}: {message}");
+        assert!(message.starts_with("error: ") && !message.contains("panicked"), "{bad:?}: {message}");
+        assert!(!directory.path().join("artifacts").exists(), "{bad:?} left something behind");
+    }
+}
