@@ -104,6 +104,7 @@ impl Rank {
     /// [`Error`], as the driver's.
     pub fn backward(&self, result: &Output<HostBuffer>) -> Result<Gradients<HostBuffer>, Error> {
         let saved = Saved {
+            operation: result.operation,
             output: result.output.view(),
             log_sum_exp: result.log_sum_exp.view(),
             grad_output: Tensor {

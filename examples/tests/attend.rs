@@ -24,6 +24,11 @@ const SHARDINGS: [&str; 3] = ["contiguous", "zigzag", "striped:5"];
 /// Options of features that do not exist yet.
 const NOT_YET: [&str; 3] = ["--window", "--document-lengths", "--softcap"];
 
+/// Rounds to a 16-bit type and back.
+type Rounding = fn(f32) -> f32;
+/// A tensor to be written.
+type NamedShape<'a> = (&'a str, &'a [usize]);
+
 /// A case of `golden/index.json`.
 #[derive(Deserialize)]
 struct Case {
@@ -270,7 +275,7 @@ fn rounded_inputs_give_what_the_oracle_says_of_them() {
             .into_iter()
             .find(|case| case.name == name)
             .unwrap();
-        let rounded: [(&str, fn(f32) -> f32); 2] = [
+        let rounded: [(&str, Rounding); 2] = [
             ("bf16", |x| bf16::from_f32(x).to_f32()),
             ("f16", |x| f16::from_f32(x).to_f32()),
         ];
@@ -342,11 +347,11 @@ fn features_that_do_not_exist_are_named() {
 }
 
 /// Writes f32 tensors of ones.
-fn write(file: &Path, tensors: &[(&str, &[usize])]) {
+fn write(file: &Path, tensors: &[NamedShape<'_>]) {
     write_as(file, tensors, Dtype::F32);
 }
 
-fn write_as(file: &Path, tensors: &[(&str, &[usize])], dtype: Dtype) {
+fn write_as(file: &Path, tensors: &[NamedShape<'_>], dtype: Dtype) {
     let bytes: Vec<Vec<u8>> = tensors
         .iter()
         .map(|(_, shape)| match dtype {
@@ -367,9 +372,9 @@ fn files_that_make_no_sense_are_refused() {
     let outputs = tempfile::tempdir().unwrap();
     let output = outputs.path().join("out.safetensors");
     let file = inputs.path().join("in.safetensors");
-    let q: (&str, &[usize]) = ("q", &[1, 4, 8, 4]);
-    let k: (&str, &[usize]) = ("k", &[1, 2, 8, 4]);
-    let v: (&str, &[usize]) = ("v", &[1, 2, 8, 4]);
+    let q: NamedShape<'_> = ("q", &[1, 4, 8, 4]);
+    let k: NamedShape<'_> = ("k", &[1, 2, 8, 4]);
+    let v: NamedShape<'_> = ("v", &[1, 2, 8, 4]);
     let refused_file = |words: &[&str]| {
         let line = refused(&["--input", path(&file), "--output", path(&output)]);
         for word in words {
@@ -390,7 +395,7 @@ fn files_that_make_no_sense_are_refused() {
         fs::write(&file, garbage).unwrap();
         refused_file(&["not a safetensors file"]);
     }
-    let cases: [(&[(&str, &[usize])], &[&str]); 10] = [
+    let cases: [(&[NamedShape<'_>], &[&str]); 10] = [
         (&[], &["\"q\""]),
         (&[q, k], &["\"v\"", "has k, q"]),
         (

@@ -169,7 +169,7 @@ fn assert_well_formed(svg: &str) {
             continue;
         }
         assert!(
-            !tag.contains("NaN") && tag.matches('"').count() % 2 == 0,
+            !tag.contains("NaN") && tag.matches('"').count().is_multiple_of(2),
             "{tag}"
         );
         let name = |tag: &str| tag.split_whitespace().next().unwrap_or("").to_string();

@@ -26,9 +26,26 @@ fn train(directory: &Path, arguments: &[&str]) -> Output {
 }
 
 const SMALL: [&str; 20] = [
-    "--data", "text.txt", "--seq-length", "256", "--segment-lengths", "32,64,256",
-    "--dilation-rates", "1,2,4", "--embed-dim", "32", "--layers", "2", "--checkpoint-every", "25",
-    "--sample-bytes", "0", "--seed", "7", "--learning-rate", "0.003",
+    "--data",
+    "text.txt",
+    "--seq-length",
+    "256",
+    "--segment-lengths",
+    "32,64,256",
+    "--dilation-rates",
+    "1,2,4",
+    "--embed-dim",
+    "32",
+    "--layers",
+    "2",
+    "--checkpoint-every",
+    "25",
+    "--sample-bytes",
+    "0",
+    "--seed",
+    "7",
+    "--learning-rate",
+    "0.003",
 ];
 
 /// Trains the small model and reads its losses.
@@ -52,7 +69,10 @@ fn losses(directory: &Path, artifacts: &str, extra: &[&str]) -> Vec<f64> {
 fn assert_agree(got: &[f64], expected: &[f64]) {
     assert_eq!(got.len(), expected.len());
     for (step, (got, expected)) in got.iter().zip(expected).enumerate() {
-        assert!((got / expected - 1.0).abs() < 1e-3, "step {step}: {got} and {expected}");
+        assert!(
+            (got / expected - 1.0).abs() < 1e-3,
+            "step {step}: {got} and {expected}"
+        );
     }
 }
 
@@ -65,16 +85,31 @@ fn losses_do_not_depend_on_ranks_or_sharding() {
     };
     let expected = run("one", "1", "contiguous");
     assert_eq!(expected.len(), 50);
-    assert!(expected[49] < 0.8 * expected[0], "nothing was learned: {expected:?}");
-    for (ranks, sharding) in [("2", "contiguous"), ("2", "zigzag"), ("4", "contiguous"), ("4", "zigzag")] {
-        assert_agree(&run(&format!("{ranks}-{sharding}"), ranks, sharding), &expected);
+    assert!(
+        expected[49] < 0.8 * expected[0],
+        "nothing was learned: {expected:?}"
+    );
+    for (ranks, sharding) in [
+        ("2", "contiguous"),
+        ("2", "zigzag"),
+        ("4", "contiguous"),
+        ("4", "zigzag"),
+    ] {
+        assert_agree(
+            &run(&format!("{ranks}-{sharding}"), ranks, sharding),
+            &expected,
+        );
     }
 }
 
 #[test]
 fn a_checkpoint_resumes_on_another_number_of_ranks() {
     let (directory, _) = workplace();
-    let whole = losses(directory.path(), "whole", &["--steps", "50", "--ranks", "2"]);
+    let whole = losses(
+        directory.path(),
+        "whole",
+        &["--steps", "50", "--ranks", "2"],
+    );
     // As if the run had been stopped after its first checkpoint.
     fs::remove_file(directory.path().join("whole/checkpoint/model-2.bpk")).unwrap();
     let rest = losses(
@@ -95,8 +130,16 @@ fn a_run_ends_with_its_figures_and_a_picture() {
     let text = String::from_utf8(output.stdout).unwrap();
     // Every byte of the last 5% is scored.
     let held_out = 150 * 45 / 20;
-    assert!(text.contains(&format!("bits per byte over all {held_out} bytes")), "{text}");
-    for expected in ["tokens per second", "peak memory", "loss.svg", "sample (temperature"] {
+    assert!(
+        text.contains(&format!("bits per byte over all {held_out} bytes")),
+        "{text}"
+    );
+    for expected in [
+        "tokens per second",
+        "peak memory",
+        "loss.svg",
+        "sample (temperature",
+    ] {
         assert!(text.contains(expected), "{expected} is missing in {text}");
     }
     let picture = fs::read_to_string(directory.path().join("artifacts/loss.svg")).unwrap();
@@ -132,7 +175,13 @@ fn bad_input_is_one_line_and_status_2() {
         let output = train(directory.path(), bad);
         let message = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(2), "{bad:?}: {message}");
-        assert!(message.starts_with("error: ") && !message.contains("panicked"), "{bad:?}: {message}");
-        assert!(!directory.path().join("artifacts").exists(), "{bad:?} left something behind");
+        assert!(
+            message.starts_with("error: ") && !message.contains("panicked"),
+            "{bad:?}: {message}"
+        );
+        assert!(
+            !directory.path().join("artifacts").exists(),
+            "{bad:?} left something behind"
+        );
     }
 }

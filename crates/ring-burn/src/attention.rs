@@ -164,6 +164,9 @@ macro_rules! attention_module {
             /// - key, value: `[batch, kv_heads, own keys, head_dim]`; `kv_heads` divides `query_heads`
             /// - output: as the query
             ///
+            /// The backward communicates too, so it must run on every rank or on none: a rank whose loss does not depend on the
+            /// output holds the others up until the deadline. Multiply by zero rather than leave it out.
+            ///
             /// # Panics
             /// Where [`try_forward`](Self::try_forward) would return an error. The backward panics if its exchange fails.
             pub fn forward(
@@ -181,7 +184,8 @@ macro_rules! attention_module {
             ///
             /// # Errors
             /// [`RingError`] for tensors that do not fit each other, the shard, or the backend, and for a failed exchange.
-            /// An error on one rank reaches every rank of the group.
+            /// In a group of several ranks an error on one reaches them all and ends the group: its other ranks could only
+            /// wait for this one in vain.
             pub fn try_forward(
                 &self,
                 query: Tensor<4>,

@@ -4,7 +4,7 @@
 //! output, and attention has two, so a hidden node carries the operation, and two children hand its outputs out: the output
 //! itself, and the log-sum-exp, whose gradient waits in a stash until the hidden node's turn.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::{
     backend::{
@@ -28,12 +28,20 @@ use ring_kernels::{RowLayout, Tensor};
 
 use crate::ring::Ring;
 
-/// One attention of one rank, and where its failure is left: an operation returns tensors, not results.
+/// One attention of one rank, and what it leaves behind: an operation returns tensors, not results.
 #[derive(Clone, Debug)]
 pub(crate) struct Job {
     pub(crate) ring: Ring,
     pub(crate) plan: Arc<Plan>,
-    failure: Arc<Mutex<Option<ring_core::Error>>>,
+    outcome: Arc<Mutex<Outcome>>,
+}
+
+/// What a forward leaves behind, beside its tensors.
+#[derive(Clone, Debug, Default)]
+struct Outcome {
+    failure: Option<ring_core::Error>,
+    /// Number of the operation in its group, for the backward.
+    operation: u64,
 }
 
 impl Job {
@@ -41,19 +49,16 @@ impl Job {
         Self {
             ring,
             plan,
-            failure: Arc::default(),
+            outcome: Arc::default(),
         }
     }
 
-    fn fail(&self, error: ring_core::Error) {
-        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+    fn outcome(&self) -> MutexGuard<'_, Outcome> {
+        self.outcome.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn failure(&self) -> Option<ring_core::Error> {
-        self.failure
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        self.outcome().failure.clone()
     }
 }
 
@@ -193,13 +198,16 @@ impl RingAttentionOps for Flex {
         };
         let ring = &job.ring;
         match forward(ring.kernels(), ring.communicator(), &job.plan, inputs) {
-            Ok(result) => (
-                flex_tensor(result.output, shape),
-                flex_tensor(result.log_sum_exp, rows),
-            ),
+            Ok(result) => {
+                job.outcome().operation = result.operation;
+                (
+                    flex_tensor(result.output, shape),
+                    flex_tensor(result.log_sum_exp, rows),
+                )
+            }
             Err(error) => {
                 // The caller looks for the failure before it hands these out.
-                job.fail(error);
+                job.outcome().failure = Some(error);
                 (
                     FlexTensor::zeros(shape, dtype),
                     FlexTensor::zeros(rows, DType::F32),
@@ -228,6 +236,7 @@ impl RingAttentionGradient for Flex {
         let grad_output = Rows4::new(saved.grad_output);
         let grad_log_sum_exp = saved.grad_log_sum_exp.map(Flat::new);
         let saved = Saved {
+            operation: job.outcome().operation,
             output: output.view(),
             log_sum_exp: log_sum_exp.view(),
             grad_output: grad_output.borrow(),

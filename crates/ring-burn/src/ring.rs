@@ -86,12 +86,13 @@ impl Ring {
         })
     }
 
-    /// The same place, for sequences of another length.
+    /// The same place, for self-attention over sequences of another length.
     #[must_use]
     pub fn with_sequence_length(self, sequence_length: usize) -> Self {
         Self {
             query_length: sequence_length,
             key_length: sequence_length,
+            key_sharding: self.query_sharding,
             ..self
         }
     }

@@ -34,8 +34,10 @@ pub const MAX_OUTSTANDING_SENDS: usize = 2;
 /// What a message carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Payload {
-    /// Selected key and value rows.
+    /// Selected key and value rows, in a forward pass.
     KeyValue,
+    /// The same rows again, in the backward pass of that forward pass.
+    KeyValueAgain,
     /// Gradients of key and value rows, on their way home.
     KeyValueGradient,
     /// A part of a collective operation.

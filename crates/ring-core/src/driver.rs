@@ -105,10 +105,15 @@ pub struct Output<B> {
     pub output: B,
     /// `[batch, query_heads, queries]`, f32: log-sum-exp over all keys on all ranks; `-inf` where nothing is visible.
     pub log_sum_exp: B,
+    /// Number of this operation in its group. The backward's messages bear it too, so that ranks that run the backwards of
+    /// several attentions in different order get an error, never each other's rows.
+    pub operation: u64,
 }
 
 /// What [`backward`] needs beside the inputs.
 pub struct Saved<'a, B: Buffer> {
+    /// What [`forward`] returned.
+    pub operation: u64,
     /// What [`forward`] returned, contiguous.
     pub output: B::View<'a>,
     /// What [`forward`] returned, contiguous.
@@ -140,9 +145,16 @@ pub fn forward<B: Buffer, K: Kernels<B>>(
     plan: &Plan,
     inputs: Inputs<'_, B>,
 ) -> Result<Output<B>, Error> {
-    let run = Run::start(kernels, communicator, plan, "forward")?;
-    let result = run.forward(inputs);
-    run.end(result)
+    check_plan(communicator, plan)?;
+    let run = Run {
+        kernels,
+        communicator,
+        plan,
+        problem: plan.problem(),
+        operation: communicator.next_operation(),
+        pass: Pass::Forward,
+    };
+    run.forward(inputs)
 }
 
 /// Gradients of this rank's queries, keys and values. Every rank calls it with its own plan.
@@ -156,9 +168,16 @@ pub fn backward<B: Buffer, K: Kernels<B>>(
     inputs: Inputs<'_, B>,
     saved: Saved<'_, B>,
 ) -> Result<Gradients<B>, Error> {
-    let run = Run::start(kernels, communicator, plan, "backward")?;
-    let result = run.backward(inputs, saved);
-    run.end(result)
+    check_plan(communicator, plan)?;
+    let run = Run {
+        kernels,
+        communicator,
+        plan,
+        problem: plan.problem(),
+        operation: saved.operation,
+        pass: Pass::Backward,
+    };
+    run.backward(inputs, saved)
 }
 
 /// One pass of one rank over its plan.
@@ -168,7 +187,24 @@ struct Run<'a, B: Buffer, K> {
     plan: &'a Plan,
     problem: Problem,
     operation: u64,
-    pass: &'static str,
+    pass: Pass,
+}
+
+/// Which way a run goes.
+#[derive(Clone, Copy, Debug)]
+enum Pass {
+    Forward,
+    Backward,
+}
+
+impl Pass {
+    /// What key and value rows travel as.
+    fn key_value(self) -> Payload {
+        match self {
+            Pass::Forward => Payload::KeyValue,
+            Pass::Backward => Payload::KeyValueAgain,
+        }
+    }
 }
 
 /// Messages under way.
@@ -185,48 +221,6 @@ struct GradientHop<'p, B> {
 }
 
 impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
-    /// Checks that the plan is this rank's and that all ranks are about to do the same.
-    fn start(
-        kernels: &'a K,
-        communicator: &'a Communicator<B>,
-        plan: &'a Plan,
-        pass: &'static str,
-    ) -> Result<Self, Error> {
-        let (rank, ranks) = (communicator.rank(), communicator.world_size());
-        if (plan.rank(), plan.spec().world_size) != (rank, ranks) {
-            let error = Error::WrongPlan {
-                plan_rank: plan.rank(),
-                plan_ranks: plan.spec().world_size,
-                rank,
-                ranks,
-            };
-            tell_others(communicator, &error);
-            return Err(error);
-        }
-        communicator
-            .agree_once("attention", &plan.spec().fields())
-            .map_err(|source| Error::Comm {
-                step: "the comparison of plans".into(),
-                source,
-            })?;
-        Ok(Self {
-            kernels,
-            communicator,
-            plan,
-            problem: plan.problem(),
-            operation: communicator.next_operation(),
-            pass,
-        })
-    }
-
-    /// Tells the other ranks if this one failed by itself; a failed exchange has told them already.
-    fn end<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
-        if let Err(error @ (Error::Kernel { .. } | Error::DType { .. })) = &result {
-            tell_others(self.communicator, error);
-        }
-        result
-    }
-
     fn forward(&self, inputs: Inputs<'_, B>) -> Result<Output<B>, Error> {
         self.check_dtypes(inputs)?;
         let mut state: ForwardState<B> = self.kernel(self.kernels.start(&self.problem))?;
@@ -258,6 +252,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
         Ok(Output {
             output,
             log_sum_exp,
+            operation: self.operation,
         })
     }
 
@@ -336,11 +331,11 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
         ] {
             let got = self.kernels.dtype(view);
             if got != expected {
-                return Err(Error::DType {
+                return Err(self.failed(Error::DType {
                     what,
                     got,
                     expected,
-                });
+                }));
             }
         }
         Ok(())
@@ -439,7 +434,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
         let receive = self.receive(
             exchange.receive.as_ref(),
             distance,
-            Payload::KeyValue,
+            self.pass.key_value(),
             self.plan.spec().dtype,
         )?;
         let outgoing = match &exchange.send {
@@ -458,7 +453,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
         let send = self.send(
             exchange.send.as_ref(),
             distance,
-            Payload::KeyValue,
+            self.pass.key_value(),
             outgoing,
         )?;
         Ok(Some(InFlight {
@@ -580,18 +575,47 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
     }
 
     fn kernel<T>(&self, result: Result<T, KernelError>) -> Result<T, Error> {
-        result.map_err(|source| Error::Kernel {
-            rank: self.plan.rank(),
-            source,
+        result.map_err(|source| {
+            self.failed(Error::Kernel {
+                rank: self.plan.rank(),
+                source,
+            })
         })
+    }
+
+    /// Tells the other ranks that this one failed by itself. At once: dropping the requests under way would tell them less.
+    fn failed(&self, error: Error) -> Error {
+        tell_others(self.communicator, &error);
+        error
     }
 
     fn comm_error(&self, distance: usize, source: CommError) -> Error {
         Error::Comm {
-            step: format!("hop {distance} of the {} pass", self.pass),
+            step: format!("hop {distance} of the {:?} pass", self.pass).to_lowercase(),
             source,
         }
     }
+}
+
+/// Checks that the plan is this rank's and that all ranks are about to do the same.
+fn check_plan<B: Buffer>(communicator: &Communicator<B>, plan: &Plan) -> Result<(), Error> {
+    let (rank, ranks) = (communicator.rank(), communicator.world_size());
+    if (plan.rank(), plan.spec().world_size) != (rank, ranks) {
+        let error = Error::WrongPlan {
+            plan_rank: plan.rank(),
+            plan_ranks: plan.spec().world_size,
+            rank,
+            ranks,
+        };
+        tell_others(communicator, &error);
+        return Err(error);
+    }
+    communicator
+        .agree_once("attention", &plan.spec().fields())
+        .map_err(|source| Error::Comm {
+            step: "the comparison of plans".into(),
+            source,
+        })
 }
 
 /// Ends the group because this rank cannot go on: its peers must not wait for it. Alone, nothing is lost by an error.

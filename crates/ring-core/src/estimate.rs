@@ -65,8 +65,7 @@ fn received_per_branch(spec: &AttentionSpec, rank: usize) -> Vec<u64> {
         let overlaps = overlaps(spec, &queries, &Shard::keys(spec, source));
         for class in &classes {
             let pairs = segment_pairs(spec, class, &overlaps);
-            let row_bytes =
-                (class.kv_heads.len() * spec.shape.batch) as u64 * spec.row_bytes();
+            let row_bytes = (class.kv_heads.len() * spec.shape.batch) as u64 * spec.row_bytes();
             let mut sets: Vec<Progression> = Vec::new();
             let mut counted = 0;
             // Overlaps, and so pairs, are in the order of the branches.

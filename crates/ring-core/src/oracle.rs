@@ -1,9 +1,11 @@
 //! The judge of everything else: attention as its definition says, O(N^2), float64, on one rank.
 //!
-//! Written to be obviously correct, not fast. Nothing here is shared with the code it judges, but for the pattern's own
-//! definition of head offsets.
+//! Written to be obviously correct, not fast. Nothing here is shared with the code it judges.
 
-use crate::spec::AttentionSpec;
+use crate::{
+    pattern::{HeadOffsets, Mixing},
+    spec::AttentionSpec,
+};
 
 /// Results of [`attention`], contiguous, f64.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -43,7 +45,7 @@ pub fn multiplicity(spec: &AttentionSpec, kv_head: usize, n: i64, m: i64) -> usi
     let branches = spec.pattern.branches();
     (0..branches.len())
         .filter(|&branch| {
-            let Some(offset) = spec.pattern.offset(branch, kv_head, spec.shape.kv_heads) else {
+            let Some(offset) = head_offset(spec, branch, kv_head) else {
                 return false;
             };
             let rate = branches[branch].dilation_rate as i64;
@@ -65,6 +67,33 @@ pub fn multiplicity(spec: &AttentionSpec, kv_head: usize, n: i64, m: i64) -> usi
         .count()
 }
 
+/// Offset of a key/value head in a branch; `None` if it does not have the branch.
+fn head_offset(spec: &AttentionSpec, branch: usize, kv_head: usize) -> Option<usize> {
+    let (heads, branches) = (spec.shape.kv_heads, spec.pattern.branches());
+    let rate = branches[branch].dilation_rate;
+    match (spec.pattern.mixing(), spec.pattern.offsets()) {
+        (Mixing::LongNet, HeadOffsets::Cyclic) => Some(kv_head % rate),
+        // Blocks of ceil(heads / rate) neighbouring heads.
+        (Mixing::LongNet, HeadOffsets::Blocked) => {
+            let block = (heads as f64 / rate as f64).ceil() as usize;
+            Some(kv_head / block)
+        }
+        // Deal the heads out, one group after the other, the first groups one more.
+        (Mixing::HeadGroups, _) => {
+            let groups = branches.len();
+            let mut first = 0;
+            for group in 0..groups {
+                let size = heads / groups + usize::from(group < heads % groups);
+                if (first..first + size).contains(&kv_head) {
+                    return (group == branch).then_some(branch % rate);
+                }
+                first += size;
+            }
+            None
+        }
+    }
+}
+
 /// Attention and, if `grad_output` is given, its gradients.
 pub fn attention(spec: &AttentionSpec, input: OracleInput<'_>) -> OracleOutput {
     let shape = spec.shape;
@@ -72,8 +101,8 @@ pub fn attention(spec: &AttentionSpec, input: OracleInput<'_>) -> OracleOutput {
     let group = shape.query_heads / shape.kv_heads;
     let scale = f64::from(spec.scale);
     let output_scale = match spec.pattern.mixing() {
-        crate::Mixing::LongNet => 1.0,
-        crate::Mixing::HeadGroups => 1.0 / spec.pattern.branches().len() as f64,
+        Mixing::LongNet => 1.0,
+        Mixing::HeadGroups => 1.0 / spec.pattern.branches().len() as f64,
     };
     let rows = shape.batch * shape.query_heads * nq;
     let mut result = OracleOutput {

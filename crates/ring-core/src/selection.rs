@@ -199,7 +199,11 @@ pub(crate) fn segment_pairs(
             let rate = spec.pattern.branches()[overlap.branch].dilation_rate as i64;
             // Selected positions begin anew in every segment, at the offset; whether r divides w or not.
             let whole_sequence = overlap.low == i64::MIN;
-            let phase = if whole_sequence { offset } else { overlap.low + offset };
+            let phase = if whole_sequence {
+                offset
+            } else {
+                overlap.low + offset
+            };
             let low = if whole_sequence { i64::MIN } else { phase };
             let select = |piece: &Piece| {
                 let (low, high) = (low.max(piece.start), overlap.high.min(piece.end));

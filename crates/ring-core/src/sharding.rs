@@ -43,7 +43,7 @@ pub enum Sharding {
     /// Rank `p` of `P` owns chunks `p` and `2P-1-p` of `2P`, which balances causal work.
     Zigzag,
     /// Rank `p` of `P` owns chunks `p, p+P, p+2P, ...` of about `chunk_size` positions each; by default 8 chunks a rank.
-    /// The size of a plan grows with the number of chunks.
+    /// Plans grow with the square of the number of chunks a rank owns: choose chunks as large as balance allows.
     Striped {
         /// Positions of one chunk.
         chunk_size: Option<usize>,

@@ -216,6 +216,7 @@ fn run_rank(
         &plan,
         inputs,
         Saved {
+            operation: result.operation,
             output: view(&result.output),
             log_sum_exp: view(&result.log_sum_exp),
             grad_output: Tensor {
@@ -465,9 +466,171 @@ fn a_rank_that_fails_before_its_backward_is_named_by_all() {
     for (rank, error) in results.into_iter().enumerate() {
         match error.unwrap() {
             Error::Kernel { rank: culprit, .. } => assert_eq!((rank, culprit), (1, 1)),
-            Error::Comm { source, .. } => assert_eq!(source.culprit(), 1),
+            Error::Comm { source, .. } => {
+                assert_eq!(source.culprit(), 1);
+                assert!(
+                    source
+                        .to_string()
+                        .contains("attention kernel failed on rank 1"),
+                    "{source}"
+                );
+            }
             other => panic!("{other}"),
         }
+    }
+}
+
+#[test]
+fn every_field_of_the_computation_is_compared() {
+    let good = spec(Pattern::full(), 30, Sharding::Contiguous, 3);
+    let whole = Whole::random(&good);
+    let heads = |query_heads, kv_heads| Shape {
+        query_heads,
+        kv_heads,
+        ..good.shape
+    };
+    let shaped = |shape| AttentionSpec {
+        shape,
+        ..good.clone()
+    };
+    let others = [
+        AttentionSpec {
+            pattern: Pattern::full().causal(),
+            ..good.clone()
+        },
+        AttentionSpec {
+            query_sharding: Sharding::Zigzag,
+            ..good.clone()
+        },
+        AttentionSpec {
+            key_sharding: Sharding::Zigzag,
+            ..good.clone()
+        },
+        AttentionSpec {
+            query_length: 29,
+            ..good.clone()
+        },
+        AttentionSpec {
+            key_length: 29,
+            ..good.clone()
+        },
+        AttentionSpec {
+            query_offset: 1,
+            ..good.clone()
+        },
+        AttentionSpec {
+            scale: good.scale * 1.000_001,
+            ..good.clone()
+        },
+        AttentionSpec {
+            dtype: DType::BF16,
+            ..good.clone()
+        },
+        shaped(Shape {
+            batch: 1,
+            ..good.shape
+        }),
+        shaped(Shape {
+            head_dim: 8,
+            ..good.shape
+        }),
+        shaped(heads(2, 2)),
+        shaped(heads(4, 4)),
+    ];
+    for other in others {
+        assert_ne!(other, good);
+        let results = Loopback::run(3, DEADLINE, |endpoint| {
+            let mine = if endpoint.rank() == 1 { &other } else { &good };
+            let own = Whole::random(mine);
+            let whole = if endpoint.rank() == 1 { &own } else { &whole };
+            run_rank(mine, whole, &Communicator::new(Arc::new(endpoint)), 1).err()
+        });
+        for error in results {
+            let Ok(Some(Error::Comm { source, .. })) = error else {
+                panic!("not noticed by all: {other:?}")
+            };
+            assert_eq!(source.culprit(), 1, "{source}");
+        }
+    }
+}
+
+#[test]
+fn tensors_of_another_type_than_planned_are_refused_and_the_peers_told() {
+    let spec = spec(Pattern::full(), 16, Sharding::Contiguous, 2);
+    let results = Loopback::run::<HostBuffer, _>(2, DEADLINE, |endpoint| {
+        let communicator = Communicator::new(Arc::new(endpoint));
+        let rank = communicator.rank();
+        let plan = Plan::new(&spec, rank).unwrap();
+        let tensors = [4, 2, 2].map(|heads| {
+            let dtype = if rank == 1 && heads == 2 {
+                DType::BF16
+            } else {
+                DType::F32
+            };
+            let layout = RowLayout::contiguous(heads, plan.problem().queries, 16);
+            (HostBuffer::zeros(dtype, 2 * heads * 8 * 16), layout)
+        });
+        let [query, key, value] = tensors.each_ref().map(|(buffer, layout)| Tensor {
+            data: view(buffer),
+            layout,
+        });
+        let inputs = Inputs { query, key, value };
+        forward(&CpuKernels::new(1).unwrap(), &communicator, &plan, inputs).unwrap_err()
+    });
+    let [first, second] = results.try_into().unwrap();
+    assert!(matches!(second, Ok(Error::DType { what: "key", .. })));
+    assert!(first.unwrap().to_string().contains("key is bf16"));
+}
+
+#[test]
+fn backwards_in_another_order_on_one_rank_are_an_error_not_a_mixture() {
+    let spec = spec(Pattern::full(), 16, Sharding::Contiguous, 2);
+    let whole = Whole::random(&spec);
+    let deadline = Duration::from_millis(300);
+    let results = Loopback::run::<HostBuffer, _>(2, deadline, |endpoint| {
+        let communicator = Communicator::new(Arc::new(endpoint));
+        let rank = communicator.rank();
+        let kernels = CpuKernels::new(1).unwrap();
+        let plan = Plan::new(&spec, rank).unwrap();
+        let (queries, keys) = (owned(&spec, rank, false), owned(&spec, rank, true));
+        let tensors = [
+            (
+                shard(&whole.query, 16, 16, &queries),
+                RowLayout::contiguous(4, 8, 16),
+            ),
+            (
+                shard(&whole.key, 16, 16, &keys),
+                RowLayout::contiguous(2, 8, 16),
+            ),
+            (
+                shard(&whole.value, 16, 16, &keys),
+                RowLayout::contiguous(2, 8, 16),
+            ),
+        ];
+        let [query, key, value] = tensors.each_ref().map(|(values, layout)| Tensor {
+            data: HostView::F32(values),
+            layout,
+        });
+        let inputs = Inputs { query, key, value };
+        let attend = || forward(&kernels, &communicator, &plan, inputs).unwrap();
+        let (first, second) = (attend(), attend());
+        let of = |result: &ring_core::Output<HostBuffer>| {
+            let saved = Saved {
+                operation: result.operation,
+                output: view(&result.output),
+                log_sum_exp: view(&result.log_sum_exp),
+                grad_output: Tensor {
+                    data: view(&result.output),
+                    layout: &tensors[0].1,
+                },
+                grad_log_sum_exp: None,
+            };
+            backward(&kernels, &communicator, &plan, inputs, saved).err()
+        };
+        if rank == 0 { of(&first) } else { of(&second) }
+    });
+    for error in results {
+        assert!(matches!(error, Ok(Some(Error::Comm { .. }))));
     }
 }
 

@@ -56,7 +56,13 @@ impl PositionDropout {
                     // 2^40 positions, 2^24 batch entries.
                     let high = (position >> 32) as u32 | (entry as u32) << 8;
                     let draws = philox([block as u32, position as u32, high, self.stream], key);
-                    let factors = draws.map(|draw| if u64::from(draw) < threshold { 0.0 } else { keep });
+                    let factors = draws.map(|draw| {
+                        if u64::from(draw) < threshold {
+                            0.0
+                        } else {
+                            keep
+                        }
+                    });
                     let left = (channels - 4 * block).min(4);
                     mask.extend_from_slice(&factors[..left]);
                 }
@@ -128,7 +134,8 @@ mod tests {
     #[test]
     fn the_rate_and_the_mean_are_right() {
         let mask = PositionDropout::new(0.25, 0).mask(1, &(0..1000).collect::<Vec<_>>(), 64, 1);
-        let dropped = mask.iter().filter(|&&factor| factor == 0.0).count() as f64 / mask.len() as f64;
+        let dropped =
+            mask.iter().filter(|&&factor| factor == 0.0).count() as f64 / mask.len() as f64;
         assert!((dropped - 0.25).abs() < 0.01, "{dropped}");
         let mean: f32 = mask.iter().sum::<f32>() / mask.len() as f32;
         assert!((mean - 1.0).abs() < 0.01, "{mean}");

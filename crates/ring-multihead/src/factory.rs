@@ -92,10 +92,17 @@ mod tests {
 
     #[test]
     fn names_parse_and_an_unknown_one_lists_them() {
-        for kind in [AttentionKind::Auto, AttentionKind::Standard, AttentionKind::Ring] {
+        for kind in [
+            AttentionKind::Auto,
+            AttentionKind::Standard,
+            AttentionKind::Ring,
+        ] {
             assert_eq!(kind.to_string().parse::<AttentionKind>().unwrap(), kind);
         }
         let error = "improved".parse::<AttentionKind>().unwrap_err().to_string();
-        assert!(error.contains("improved") && error.contains(AttentionKind::NAMES), "{error}");
+        assert!(
+            error.contains("improved") && error.contains(AttentionKind::NAMES),
+            "{error}"
+        );
     }
 }

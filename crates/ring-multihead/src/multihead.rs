@@ -141,10 +141,8 @@ impl MultiheadDilatedAttentionConfig {
                     .try_init()?,
             ));
         }
-        let config = DilatedAttentionConfig::new(
-            self.segment_lengths.clone(),
-            self.dilation_rates.clone(),
-        );
+        let config =
+            DilatedAttentionConfig::new(self.segment_lengths.clone(), self.dilation_rates.clone());
         Ok(Attention::Dilated(
             config
                 .with_causal(self.causal)

@@ -25,7 +25,10 @@ impl Rotary {
                     frequencies.iter().map(angle)
                 })
                 .collect();
-            Tensor::from_data(TensorData::new(values, [1, positions.len(), 1, half]), device)
+            Tensor::from_data(
+                TensorData::new(values, [1, positions.len(), 1, half]),
+                device,
+            )
         };
         Self {
             cos: table(f64::cos),

@@ -51,7 +51,10 @@ struct Collect<'a>(&'a mut GradientsParams, Vec<f32>);
 
 impl ModuleVisitor for Collect<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let gradient = self.0.remove::<D>(param.id).expect("every parameter has a gradient");
+        let gradient = self
+            .0
+            .remove::<D>(param.id)
+            .expect("every parameter has a gradient");
         self.1.extend(gradient.into_data().iter::<f32>());
     }
 }
@@ -76,7 +79,12 @@ fn loss_and_gradients(model: &LongNet, ranks: usize, sharding: Sharding) -> (f32
 fn assert_near(got: &[f32], expected: &[f32]) {
     assert_eq!(got.len(), expected.len());
     let norm = expected.iter().map(|x| x * x).sum::<f32>().sqrt();
-    let error = got.iter().zip(expected).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
+    let error = got
+        .iter()
+        .zip(expected)
+        .map(|(a, b)| (a - b).powi(2))
+        .sum::<f32>()
+        .sqrt();
     assert!(error <= 1e-4 * norm, "off by {}", error / norm);
 }
 
@@ -90,10 +98,18 @@ fn loss_and_gradients_do_not_depend_on_the_number_of_ranks() {
         for (ranks, sharding) in [
             (2, Sharding::Zigzag),
             (3, Sharding::Contiguous),
-            (4, Sharding::Striped { chunk_size: Some(3) }),
+            (
+                4,
+                Sharding::Striped {
+                    chunk_size: Some(3),
+                },
+            ),
         ] {
             let (other_loss, other_gradients) = loss_and_gradients(&model, ranks, sharding);
-            assert!((loss - other_loss).abs() < 1e-5 * loss, "{loss} {other_loss}");
+            assert!(
+                (loss - other_loss).abs() < 1e-5 * loss,
+                "{loss} {other_loss}"
+            );
             assert_near(&other_gradients, &gradients);
         }
     }
@@ -126,18 +142,30 @@ fn kinds_run_where_they_can() {
     let config = MultiheadDilatedAttentionConfig::new(16, 2, vec![8], vec![1]);
     let input = Tensor::<3>::zeros([1, 8, 16], &device);
     let make = |kind| create_multihead_dilated_attention(kind, &config, &device).unwrap();
-    for kind in [AttentionKind::Auto, AttentionKind::Standard, AttentionKind::Ring] {
+    for kind in [
+        AttentionKind::Auto,
+        AttentionKind::Standard,
+        AttentionKind::Ring,
+    ] {
         let ring = Ring::single(8).unwrap();
         make(kind).try_forward(input.clone(), &ring).unwrap();
     }
     let standard = make(AttentionKind::Standard);
     let refused = Loopback::run::<HostBuffer, _>(2, DEADLINE, |endpoint| {
-        let ring =
-            Ring::new(Communicator::new(Arc::new(endpoint)), Sharding::Contiguous, 8).unwrap();
+        let ring = Ring::new(
+            Communicator::new(Arc::new(endpoint)),
+            Sharding::Contiguous,
+            8,
+        )
+        .unwrap();
         let own = shard_tensor(input.clone(), 1, &ring).unwrap();
         standard.try_forward(own, &ring).unwrap_err().to_string()
     });
-    assert!(refused.iter().all(|error| error.as_ref().unwrap().contains("one rank")));
+    assert!(
+        refused
+            .iter()
+            .all(|error| error.as_ref().unwrap().contains("one rank"))
+    );
 }
 
 #[test]
@@ -195,7 +223,10 @@ impl<T: Clone> DataLoaderIterator<T> for Items<'_, T> {
 
 impl<T: Clone + Send + Sync + 'static> DataLoader<T> for Loader<T> {
     fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<T> + 'a> {
-        Box::new(Items { loader: self, done: 0 })
+        Box::new(Items {
+            loader: self,
+            done: 0,
+        })
     }
 
     fn num_items(&self) -> usize {
@@ -203,7 +234,10 @@ impl<T: Clone + Send + Sync + 'static> DataLoader<T> for Loader<T> {
     }
 
     fn to_device(&self, _: &Device) -> Arc<dyn DataLoader<T>> {
-        Arc::new(Self { item: self.item.clone(), steps: self.steps })
+        Arc::new(Self {
+            item: self.item.clone(),
+            steps: self.steps,
+        })
     }
 
     fn slice(&self, _: usize, _: usize) -> Arc<dyn DataLoader<T>> {
@@ -220,7 +254,12 @@ impl ModuleVisitor for Parameters {
     }
 }
 
-fn launch<M>(model: M, item: TokenWindows, ranks: usize, accumulation: usize) -> burn::train::LearningResult<M>
+fn launch<M>(
+    model: M,
+    item: TokenWindows,
+    ranks: usize,
+    accumulation: usize,
+) -> burn::train::LearningResult<M>
 where
     M: TrainStep<Input = TokenWindows, Output = SequenceLoss>
         + InferenceStep<Input = TokenWindows, Output = SequenceLoss>
@@ -235,7 +274,10 @@ where
         .with_deadline(DEADLINE);
     SupervisedTraining::new(
         directory.path(),
-        Arc::new(Loader { item: item.clone(), steps: 3 }),
+        Arc::new(Loader {
+            item: item.clone(),
+            steps: 3,
+        }),
         Arc::new(Loader { item, steps: 1 }),
     )
     .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))
@@ -247,7 +289,11 @@ where
     .metric_valid_numeric(LossMetric::new())
     .grads_accumulation(accumulation)
     .num_epochs(2)
-    .launch(Learner::new(model, SgdConfig::new().init(), ConstantLr::new(0.1)))
+    .launch(Learner::new(
+        model,
+        SgdConfig::new().init(),
+        ConstantLr::new(0.1),
+    ))
 }
 
 #[test]
@@ -269,7 +315,10 @@ fn training_gives_the_same_model_on_any_number_of_ranks() {
         assert_ne!(before.0, trained[0], "nothing was learned");
         for other in &trained[1..] {
             let difference = |a: &[f32], b: &[f32]| {
-                a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+                a.iter()
+                    .zip(b)
+                    .map(|(a, b)| (a - b).abs())
+                    .fold(0.0, f32::max)
             };
             let moved = difference(&before.0, &trained[0]);
             assert!(difference(other, &trained[0]) < 1e-3 * moved);
@@ -292,7 +341,10 @@ impl TrainStep for Faulty {
         if std::thread::current().name() == Some("rank-1") {
             panic!("out of luck");
         }
-        TrainOutput { grads: output.grads, item: output.item }
+        TrainOutput {
+            grads: output.grads,
+            item: output.item,
+        }
     }
 }
 
@@ -311,7 +363,11 @@ fn a_rank_that_panics_ends_training_with_errors_that_name_it() {
     let error = result.error.expect("training failed").to_string();
     assert!(error.contains("device 1 failed: out of luck"), "{error}");
     // The other ranks say whose fault it was.
-    assert_eq!(error.matches("rank 1").count(), 2, "{error}");
+    assert_eq!(
+        error.matches("rank 1 aborted: out of luck").count(),
+        2,
+        "{error}"
+    );
 }
 
 #[test]

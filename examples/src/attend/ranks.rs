@@ -210,6 +210,7 @@ impl<'a> RankRun<'a> {
         grad_output: &HostBuffer,
     ) -> Result<Gradients<HostBuffer>, Error> {
         let saved = Saved {
+            operation: output.operation,
             output: output.output.view(),
             log_sum_exp: output.log_sum_exp.view(),
             grad_output: Tensor {

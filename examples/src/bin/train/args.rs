@@ -145,7 +145,10 @@ impl Args {
             ));
         }
         if !(self.temperature.is_finite() && self.temperature > 0.0) {
-            return Err(format!("--temperature is {}, must be positive", self.temperature));
+            return Err(format!(
+                "--temperature is {}, must be positive",
+                self.temperature
+            ));
         }
         if self.deadline == 0 {
             return Err("--deadline must be at least 1 second".into());

@@ -195,7 +195,10 @@ pub(crate) fn draw(
         .label("each step")
         .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], light));
     chart
-        .draw_series(LineSeries::new(points(&running_mean(losses, 25)), dark.stroke_width(2)))?
+        .draw_series(LineSeries::new(
+            points(&running_mean(losses, 25)),
+            dark.stroke_width(2),
+        ))?
         .label("mean of 25 steps")
         .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], dark.stroke_width(2)));
     chart

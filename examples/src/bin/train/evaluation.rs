@@ -89,7 +89,14 @@ mod tests {
 
     #[test]
     fn every_held_out_byte_is_scored_once() {
-        for (len, length) in [(1000, 32), (1000, 49), (1000, 50), (1000, 51), (1000, 900), (200, 150)] {
+        for (len, length) in [
+            (1000, 32),
+            (1000, 49),
+            (1000, 50),
+            (1000, 51),
+            (1000, 900),
+            (200, 150),
+        ] {
             let text = Text {
                 bytes: vec![0; len].into(),
                 split: len - len / 20,

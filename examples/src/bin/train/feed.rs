@@ -38,9 +38,8 @@ impl Text {
     /// Reads `file`, or the text shipped with the program.
     pub(crate) fn read(file: Option<&Path>, seq_length: usize) -> Result<Self, String> {
         let bytes = match file {
-            Some(file) => {
-                fs::read(file).map_err(|error| format!("cannot read {}: {error}", file.display()))?
-            }
+            Some(file) => fs::read(file)
+                .map_err(|error| format!("cannot read {}: {error}", file.display()))?,
             None => SHIPPED.to_vec(),
         };
         let split = bytes.len() - bytes.len() / 20;
@@ -185,7 +184,9 @@ impl DataLoaderIterator<TokenWindows> for Interval<'_> {
 
 impl DataLoader<TokenWindows> for Feed {
     fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<TokenWindows> + 'a> {
-        let first = self.begun.fetch_add(self.source.interval, Ordering::Relaxed);
+        let first = self
+            .begun
+            .fetch_add(self.source.interval, Ordering::Relaxed);
         Box::new(Interval {
             source: &self.source,
             first,
@@ -218,7 +219,13 @@ mod tests {
     #[test]
     fn windows_depend_on_seed_and_step_alone() {
         let numbers: Vec<u64> = (0..4).map(|index| scramble(7, index)).collect();
-        assert_eq!(numbers, (0..4).map(|index| scramble(7, index)).collect::<Vec<_>>());
-        assert_ne!(numbers, (0..4).map(|index| scramble(8, index)).collect::<Vec<_>>());
+        assert_eq!(
+            numbers,
+            (0..4).map(|index| scramble(7, index)).collect::<Vec<_>>()
+        );
+        assert_ne!(
+            numbers,
+            (0..4).map(|index| scramble(8, index)).collect::<Vec<_>>()
+        );
     }
 }

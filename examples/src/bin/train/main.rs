@@ -122,10 +122,15 @@ fn run(args: &Args, prepared: Prepared) -> Result<(), String> {
         return Err("no step was trained: the checkpoint is already at the last step".into());
     }
     let tokens = steps.len() * args.batch * args.seq_length;
-    curve::write_csv(&args.artifacts.join("losses.csv"), args.first_step(), &steps)
-        .map_err(|error| format!("cannot write the losses: {error}"))?;
+    curve::write_csv(
+        &args.artifacts.join("losses.csv"),
+        args.first_step(),
+        &steps,
+    )
+    .map_err(|error| format!("cannot write the losses: {error}"))?;
     let picture = args.artifacts.join("loss.svg");
-    curve::draw(&picture, args, &steps).map_err(|error| format!("cannot draw the losses: {error}"))?;
+    curve::draw(&picture, args, &steps)
+        .map_err(|error| format!("cannot draw the losses: {error}"))?;
 
     let scored = Instant::now();
     let bits = evaluation::bits_per_byte(&trained, &text, args)?;
@@ -140,7 +145,10 @@ fn run(args: &Args, prepared: Prepared) -> Result<(), String> {
         tokens as f64 / seconds
     );
     if let Some(peak) = peak_memory_mb() {
-        println!("peak memory of the process, {} ranks together: {peak:.0} MB", args.ranks);
+        println!(
+            "peak memory of the process, {} ranks together: {peak:.0} MB",
+            args.ranks
+        );
     }
     println!("loss curve: {}", picture.display());
     if args.sample_bytes > 0 {
