@@ -87,3 +87,70 @@ fn check_len(what: &'static str, got: usize, expected: usize) -> Result<(), Ring
         expected: format!("{expected} elements"),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, time::Duration};
+
+    use burn::tensor::TensorData;
+    use ring_comm::{Communicator, Loopback, buffer::HostBuffer};
+    use ring_core::Sharding;
+
+    use super::*;
+
+    /// Runs on every rank of three, zigzag over 8 positions: rank 0 owns 0 and 7, as one example.
+    fn on_ranks<R: Send>(body: impl Fn(&Ring) -> R + Sync) -> Vec<R> {
+        let deadline = Duration::from_secs(10);
+        Loopback::run::<HostBuffer, _>(3, deadline, |endpoint| {
+            let communicator = Communicator::new(Arc::new(endpoint));
+            body(&Ring::new(communicator, Sharding::Zigzag, 8).unwrap())
+        })
+        .into_iter()
+        .map(Result::unwrap)
+        .collect()
+    }
+
+    #[test]
+    fn labels_are_the_next_tokens_across_shard_borders() {
+        let tokens: Vec<u32> = (100..109).collect();
+        let mut seen = Vec::new();
+        for (inputs, labels) in on_ranks(|ring| next_token_shard(&tokens, ring).unwrap()) {
+            assert!(
+                inputs
+                    .iter()
+                    .zip(&labels)
+                    .all(|(input, label)| input + 1 == *label)
+            );
+            seen.extend(inputs);
+        }
+        seen.sort_unstable();
+        assert_eq!(seen, tokens[..8]);
+    }
+
+    #[test]
+    fn tensors_and_positions_are_sharded_alike() {
+        let device = Device::flex();
+        let whole: Vec<f32> = (0..16).map(|i| (i % 8) as f32).collect();
+        for (part, positions) in on_ranks(|ring| {
+            let tensor = Tensor::<3>::from_data(TensorData::new(whole.clone(), [2, 8, 1]), &device);
+            let part = shard_tensor(tensor, 1, ring).unwrap().into_data();
+            let positions = positions_tensor(ring, &device).into_data();
+            (
+                part.iter::<i64>().collect::<Vec<_>>(),
+                positions.iter::<i64>().collect::<Vec<_>>(),
+            )
+        }) {
+            assert_eq!(part, [positions.clone(), positions].concat());
+        }
+    }
+
+    #[test]
+    fn what_is_not_as_long_as_the_sequence_is_refused() {
+        let ring = Ring::single(8).unwrap();
+        assert!(shard_slice(&[0; 7], &ring).is_err());
+        assert!(next_token_shard(&[0; 8], &ring).is_err());
+        let tensor = Tensor::<2>::zeros([3, 7], &Device::flex());
+        assert!(shard_tensor(tensor.clone(), 1, &ring).is_err());
+        assert!(shard_tensor(tensor, 2, &ring).is_err());
+    }
+}

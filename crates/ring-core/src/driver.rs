@@ -138,7 +138,7 @@ pub struct Gradients<B> {
 /// Attention of this rank's queries to all keys of the group. Every rank calls it with its own plan.
 ///
 /// # Errors
-/// [`Error`]; when one rank fails, every rank of the group gets an error that names it, within the deadline.
+/// [`enum@Error`]; when one rank fails, every rank of the group gets an error that names it, within the deadline.
 pub fn forward<B: Buffer, K: Kernels<B>>(
     kernels: &K,
     communicator: &Communicator<B>,
@@ -160,7 +160,7 @@ pub fn forward<B: Buffer, K: Kernels<B>>(
 /// Gradients of this rank's queries, keys and values. Every rank calls it with its own plan.
 ///
 /// # Errors
-/// [`Error`]; when one rank fails, every rank of the group gets an error that names it, within the deadline.
+/// [`enum@Error`]; when one rank fails, every rank of the group gets an error that names it, within the deadline.
 pub fn backward<B: Buffer, K: Kernels<B>>(
     kernels: &K,
     communicator: &Communicator<B>,

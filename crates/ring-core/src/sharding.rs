@@ -161,8 +161,8 @@ mod tests {
                 }
                 for span in spans {
                     prop_assert!(!span.is_empty());
-                    for position in span.start..span.end {
-                        owners[position] += 1;
+                    for count in &mut owners[span.start..span.end] {
+                        *count += 1;
                     }
                 }
             }

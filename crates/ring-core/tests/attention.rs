@@ -2,7 +2,13 @@
 
 mod cases;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use half::bf16;
 use proptest::prelude::*;
@@ -15,7 +21,10 @@ use ring_core::{
     backward, forward,
     oracle::{OracleInput, OracleOutput, attention},
 };
-use ring_kernels::{CpuKernels, RowLayout, Tensor};
+use ring_kernels::{
+    BackwardInputs, CpuKernels, ForwardState, HeadBlocks, KernelError, Kernels, KeyValue,
+    KeyValueGradient, PackedRows, Problem, RowLayout, Tensor,
+};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -169,8 +178,17 @@ fn run_rank(
     communicator: &Communicator<HostBuffer>,
     threads: usize,
 ) -> Result<RankResult, Error> {
-    let rank = communicator.rank();
     let kernels = CpuKernels::new(threads).unwrap();
+    run_rank_on(&kernels, spec, whole, communicator)
+}
+
+fn run_rank_on(
+    kernels: &impl Kernels<HostBuffer>,
+    spec: &AttentionSpec,
+    whole: &Whole,
+    communicator: &Communicator<HostBuffer>,
+) -> Result<RankResult, Error> {
+    let rank = communicator.rank();
     let plan = Plan::new(spec, rank)?;
     let problem = plan.problem();
     let dim = spec.shape.head_dim;
@@ -208,10 +226,10 @@ fn run_rank(
         },
     };
     let before = communicator.traffic().bytes_received;
-    let result = forward(&kernels, communicator, &plan, inputs)?;
+    let result = forward(kernels, communicator, &plan, inputs)?;
     let after = communicator.traffic().bytes_received;
     let gradients = backward(
-        &kernels,
+        kernels,
         communicator,
         &plan,
         inputs,
@@ -664,4 +682,149 @@ fn a_plan_of_another_rank_is_refused() {
             .iter()
             .any(|result| matches!(result, Ok(Some(Error::WrongPlan { .. }))))
     );
+}
+
+/// Kernels that panic in the middle of a backward: on its second step, with messages under way both ways.
+struct PanicsInBackward {
+    kernels: CpuKernels,
+    left: AtomicUsize,
+}
+
+impl Kernels<HostBuffer> for PanicsInBackward {
+    fn allocate(
+        &self,
+        dtype: DType,
+        len: usize,
+        reuse: Option<HostBuffer>,
+    ) -> Result<HostBuffer, KernelError> {
+        self.kernels.allocate(dtype, len, reuse)
+    }
+
+    fn dtype(&self, view: HostView<'_>) -> DType {
+        self.kernels.dtype(view)
+    }
+
+    fn pack(
+        &self,
+        problem: &Problem,
+        key: Tensor<'_, HostBuffer>,
+        value: Tensor<'_, HostBuffer>,
+        rows: &PackedRows,
+        reuse: Option<HostBuffer>,
+    ) -> Result<HostBuffer, KernelError> {
+        self.kernels.pack(problem, key, value, rows, reuse)
+    }
+
+    fn start(&self, problem: &Problem) -> Result<ForwardState<HostBuffer>, KernelError> {
+        self.kernels.start(problem)
+    }
+
+    fn forward(
+        &self,
+        problem: &Problem,
+        query: Tensor<'_, HostBuffer>,
+        key_value: &KeyValue<'_, HostBuffer>,
+        blocks: &[HeadBlocks],
+        state: &mut ForwardState<HostBuffer>,
+    ) -> Result<(), KernelError> {
+        self.kernels
+            .forward(problem, query, key_value, blocks, state)
+    }
+
+    fn finish(
+        &self,
+        problem: &Problem,
+        state: ForwardState<HostBuffer>,
+        dtype: DType,
+        output_scale: f32,
+    ) -> Result<(HostBuffer, HostBuffer), KernelError> {
+        self.kernels.finish(problem, state, dtype, output_scale)
+    }
+
+    fn delta(
+        &self,
+        problem: &Problem,
+        output: HostView<'_>,
+        grad_output: Tensor<'_, HostBuffer>,
+        log_sum_exp: HostView<'_>,
+        grad_log_sum_exp: Option<HostView<'_>>,
+    ) -> Result<HostBuffer, KernelError> {
+        self.kernels
+            .delta(problem, output, grad_output, log_sum_exp, grad_log_sum_exp)
+    }
+
+    fn backward(
+        &self,
+        problem: &Problem,
+        inputs: &BackwardInputs<'_, HostBuffer>,
+        key_value: &KeyValue<'_, HostBuffer>,
+        blocks: &[HeadBlocks],
+        output_scale: f32,
+        grad_query: &mut HostBuffer,
+        grad_key_value: KeyValueGradient<'_, HostBuffer>,
+    ) -> Result<(), KernelError> {
+        assert!(
+            self.left.fetch_sub(1, Ordering::Relaxed) > 0,
+            "out of order"
+        );
+        self.kernels.backward(
+            problem,
+            inputs,
+            key_value,
+            blocks,
+            output_scale,
+            grad_query,
+            grad_key_value,
+        )
+    }
+
+    fn add_rows(
+        &self,
+        problem: &Problem,
+        slot: &HostBuffer,
+        rows: &PackedRows,
+        grad_key: &mut HostBuffer,
+        grad_value: &mut HostBuffer,
+    ) -> Result<(), KernelError> {
+        self.kernels
+            .add_rows(problem, slot, rows, grad_key, grad_value)
+    }
+
+    fn round(&self, buffer: HostBuffer, dtype: DType) -> Result<HostBuffer, KernelError> {
+        self.kernels.round(buffer, dtype)
+    }
+}
+
+#[test]
+fn a_rank_that_panics_in_the_middle_of_a_backward_ends_all_within_the_deadline() {
+    let spec = spec(Pattern::full().causal(), 64, Sharding::Zigzag, 4);
+    let whole = Whole::random(&spec);
+    let started = Instant::now();
+    let results = Loopback::run(4, DEADLINE, |endpoint| {
+        let communicator = Communicator::new(Arc::new(endpoint));
+        let calls = if communicator.rank() == 2 {
+            1
+        } else {
+            usize::MAX
+        };
+        let kernels = PanicsInBackward {
+            kernels: CpuKernels::new(1).unwrap(),
+            left: AtomicUsize::new(calls),
+        };
+        run_rank_on(&kernels, &spec, &whole, &communicator).err()
+    });
+    assert!(
+        started.elapsed() < DEADLINE / 4,
+        "the others waited for the deadline"
+    );
+    for (rank, result) in results.into_iter().enumerate() {
+        match result {
+            Err(panic) => assert!(rank == 2 && panic.message.contains("out of order")),
+            Ok(Some(Error::Comm { source, .. })) => {
+                assert_eq!(source.culprit(), 2, "{source}");
+                assert!(source.to_string().contains("rank 2 panicked"), "{source}");
+            }
+            Ok(other) => panic!("rank {rank} ended with {other:?}"),
+        }
+    }
 }

@@ -1,5 +1,10 @@
 //! Every rank's plan, reduced to its numbers.
 
+use std::{
+    io::{IsTerminal, stderr},
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
 use rayon::prelude::*;
 use ring_core::{AttentionSpec, CommunicationEstimate, MemoryEstimate, Plan, Span, SpecError};
 use ring_kernels::CpuKernels;
@@ -105,10 +110,13 @@ impl Survey {
     /// # Errors
     /// [`SpecError`] if the computation is not possible.
     pub fn of_all(spec: &AttentionSpec, threads: usize) -> Result<Self, SpecError> {
+        let progress = Progress::new(spec.world_size);
         let per_rank: Vec<RankSurvey> = (0..spec.world_size)
             .into_par_iter()
             .map(|rank| Ok(RankSurvey::new(&Plan::new(spec, rank)?, threads)))
+            .inspect(|_| progress.one_more())
             .collect::<Result<_, SpecError>>()?;
+        progress.end();
         let totals = Totals::of(&per_rank);
         let over_mean = |largest: f64, total: f64| match total {
             0.0 => 1.0,
@@ -212,6 +220,36 @@ impl Totals {
             received_per_branch: (0..branches)
                 .map(|branch| sum(&|bytes| bytes.received_per_branch[branch]))
                 .collect(),
+        }
+    }
+}
+
+/// A line on the terminal that counts ranks, where there are so many that planning takes a while.
+struct Progress {
+    ranks: usize,
+    done: AtomicUsize,
+    shown: bool,
+}
+
+impl Progress {
+    fn new(ranks: usize) -> Self {
+        Self {
+            ranks,
+            done: AtomicUsize::new(0),
+            shown: ranks >= 256 && stderr().is_terminal(),
+        }
+    }
+
+    fn one_more(&self) {
+        let done = self.done.fetch_add(1, Ordering::Relaxed) + 1;
+        if self.shown && done.is_multiple_of(16) {
+            eprint!("\rplanned {done} of {} ranks", self.ranks);
+        }
+    }
+
+    fn end(&self) {
+        if self.shown {
+            eprint!("\r{:40}\r", "");
         }
     }
 }

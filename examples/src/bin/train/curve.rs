@@ -101,7 +101,6 @@ impl Metric for BitsPerByteMetric {
         MetricAttributes::Numeric(NumericAttributes {
             unit: Some("bits".into()),
             higher_is_better: false,
-            ..Default::default()
         })
     }
 
