@@ -49,7 +49,7 @@ pub enum Payload {
 /// Identifies a message between two ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Tag {
-    /// Sequence number of the operation (one forward, one backward, one collective) within its group.
+    /// Sequence number of the operation (one attention with its backward, one collective) within its group.
     pub operation: u64,
     /// Step of the operation.
     pub step: u32,

@@ -133,8 +133,10 @@ pub trait Kernels<B: Buffer>: Send + Sync {
     ) -> Result<(B, B), KernelError>;
 
     /// `Delta = grad_output . output - grad_log_sum_exp`, f32 `[batch, query_heads, queries]`; 0 where the log-sum-exp is
-    /// `-inf`. `output` is contiguous and unscaled by `output_scale`'s inverse: it is what `finish` returned, and so is
-    /// `grad_output` what reached it, so that their product needs no correction.
+    /// `-inf`.
+    ///
+    /// `output` is what [`finish`](Self::finish) returned, contiguous, and `grad_output` what reached it. `output_scale` needs
+    /// no correction here: what it takes from the one factor it has given to the other.
     ///
     /// # Errors
     /// [`KernelError`] for buffers of the wrong type or size.

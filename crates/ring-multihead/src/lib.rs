@@ -33,3 +33,8 @@ pub use multihead::{MultiheadDilatedAttention, MultiheadDilatedAttentionConfig};
 pub use rotary::Rotary;
 #[cfg(feature = "train")]
 pub use training::{SequenceLoss, TokenWindows};
+
+/// The examples of the project's README, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
