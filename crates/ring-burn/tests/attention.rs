@@ -284,6 +284,39 @@ fn ranks_without_positions_take_part() {
 }
 
 #[test]
+fn gradient_checkpointing_does_not_repeat_the_exchange() {
+    let n = 24;
+    let inputs = [(); 3].map(|()| draw([1, 2, n, 8], &Device::flex()).into_data());
+    let run = |device: Device| {
+        let results = Loopback::run::<HostBuffer, _>(2, DEADLINE, |endpoint| {
+            let communicator = Communicator::new(Arc::new(endpoint));
+            let ring = Ring::new(communicator.clone(), Sharding::Zigzag, n).unwrap();
+            let leaves = inputs.each_ref().map(|data| {
+                let whole = Tensor::<4>::from_data(data.clone(), &Device::flex());
+                let own = shard_tensor(whole, 2, &ring).unwrap();
+                Tensor::<4>::from_data(own.into_data(), &device).require_grad()
+            });
+            let [query, key, value] = leaves.clone().map(|leaf| leaf * 2.0);
+            let attention = RingAttentionConfig::new().with_causal(true).init();
+            let output = attention.forward(query, key, value, &ring);
+            let mut gradients = output.exp().sum().backward();
+            let gradients =
+                leaves.map(|leaf| leaf.grad_remove(&mut gradients).unwrap().into_data());
+            (gradients, communicator.traffic().bytes_received)
+        });
+        results.into_iter().map(Result::unwrap).collect::<Vec<_>>()
+    };
+    let plain = run(Device::flex().autodiff());
+    let checkpointed = run(Device::flex().autodiff().gradient_checkpointing());
+    for ((plain, bytes), (checkpointed, same_bytes)) in plain.into_iter().zip(checkpointed) {
+        assert_eq!(bytes, same_bytes);
+        for (plain, checkpointed) in plain.into_iter().zip(checkpointed) {
+            assert_close(checkpointed, plain);
+        }
+    }
+}
+
+#[test]
 fn tensors_that_do_not_fit_are_refused() {
     let device = Device::flex();
     let ring = Ring::single(16).unwrap();
