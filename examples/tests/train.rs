@@ -117,7 +117,39 @@ fn a_checkpoint_resumes_on_another_number_of_ranks() {
         "whole",
         &["--steps", "50", "--ranks", "3", "--resume", "1"],
     );
-    assert_agree(&rest, &whole[25..]);
+    // The losses before the checkpoint are kept.
+    assert_agree(&rest, &whole);
+}
+
+#[test]
+fn a_checkpoint_that_does_not_fit_is_refused() {
+    let (directory, _) = workplace();
+    losses(
+        directory.path(),
+        "artifacts",
+        &["--steps", "25", "--ranks", "1"],
+    );
+    let resume = |changed: usize, value: &'static str| {
+        let mut arguments = SMALL.to_vec();
+        arguments[changed] = value;
+        arguments.extend(["--steps", "50", "--ranks", "1", "--resume", "1"]);
+        let output = train(directory.path(), &arguments);
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(message.starts_with("error: cannot resume"), "{message}");
+        assert_eq!(message.lines().count(), 1, "{message}");
+    };
+    assert_eq!((SMALL[8], SMALL[10]), ("--embed-dim", "--layers"));
+    resume(9, "64");
+    resume(11, "1");
+    resume(11, "3");
+    for part in ["scheduler", "optim", "model"] {
+        let file = directory
+            .path()
+            .join(format!("artifacts/checkpoint/{part}-1.bpk"));
+        fs::write(file, "garbage").unwrap();
+        resume(9, "32");
+    }
 }
 
 #[test]

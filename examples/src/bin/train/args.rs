@@ -77,7 +77,8 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 200)]
     pub(crate) checkpoint_every: usize,
 
-    /// Continue from this checkpoint of the artifact directory, on any number of ranks
+    /// Continue from this checkpoint of the artifact directory, on any number of ranks; give the options of the model and
+    /// --checkpoint-every as in the run that wrote it
     #[arg(long, value_name = "EPOCH")]
     pub(crate) resume: Option<usize>,
 

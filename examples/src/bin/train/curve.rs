@@ -1,7 +1,7 @@
 //! Losses: as a metric for the display, as a list, as a file, as a picture.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, BufWriter, Write},
     path::Path,
     sync::{Arc, Mutex, PoisonError},
@@ -143,6 +143,25 @@ impl Numeric for BitsPerByteMetric {
     }
 }
 
+/// The losses of a resumed run with those that `file` has of the steps before it, if it has them all; and their first step.
+pub(crate) fn whole_run(file: &Path, first_step: usize, losses: &[f64]) -> (usize, Vec<f64>) {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    let earlier: Option<Vec<f64>> = text
+        .lines()
+        .skip(1)
+        .take(first_step)
+        .enumerate()
+        .map(|(step, line)| {
+            let (number, loss) = line.split_once(',')?;
+            (number.parse() == Ok(step)).then_some(loss.parse().ok()?)
+        })
+        .collect();
+    match earlier {
+        Some(earlier) if earlier.len() == first_step => (0, [&earlier, losses].concat()),
+        _ => (first_step, losses.to_vec()),
+    }
+}
+
 /// Writes `step,bits_per_byte` lines.
 pub(crate) fn write_csv(file: &Path, first_step: usize, losses: &[f64]) -> io::Result<()> {
     let mut out = BufWriter::new(File::create(file)?);
@@ -157,9 +176,9 @@ pub(crate) fn write_csv(file: &Path, first_step: usize, losses: &[f64]) -> io::R
 pub(crate) fn draw(
     file: &Path,
     args: &Args,
+    first: usize,
     losses: &[f64],
 ) -> Result<(), Box<dyn std::error::Error>> {
-    let first = args.first_step();
     let top = losses.iter().copied().fold(4.0, f64::max).min(9.0);
     let root = SVGBackend::new(file, (900, 480)).into_drawing_area();
     root.fill(&WHITE)?;
@@ -222,6 +241,25 @@ fn running_mean(values: &[f64], width: usize) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_resumed_run_keeps_the_losses_before_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("losses.csv");
+        assert_eq!(
+            whole_run(&file, 2, &[3.0]),
+            (2, vec![3.0]),
+            "nothing to keep"
+        );
+        write_csv(&file, 0, &[5.0, 4.0, 9.0]).unwrap();
+        assert_eq!(whole_run(&file, 2, &[3.0]), (0, vec![5.0, 4.0, 3.0]));
+        assert_eq!(
+            whole_run(&file, 4, &[3.0]),
+            (4, vec![3.0]),
+            "a step is missing"
+        );
+        assert_eq!(whole_run(&file, 0, &[3.0]), (0, vec![3.0]), "a new run");
+    }
 
     #[test]
     fn the_running_mean_begins_with_what_there_is() {

@@ -135,7 +135,7 @@ impl Source {
     fn held_out_start(&self, index: usize) -> usize {
         let last = self.text.bytes.len() - 1 - self.seq_length;
         let first = self.text.split.min(last);
-        first + (last - first) * index / self.interval.max(2).saturating_sub(1).max(1)
+        first + (last - first) * index / (VALIDATION_WINDOWS - 1)
     }
 
     /// Steps of the interval that begins at `first`.

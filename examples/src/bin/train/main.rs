@@ -18,11 +18,11 @@ use std::{
 use burn::{
     grad_clipping::GradientClippingConfig,
     lr_scheduler::{
-        LrSchedulerConfig, composed::ComposedLrSchedulerConfig,
+        LrSchedulerConfig, LrSchedulerRecord, composed::ComposedLrSchedulerConfig,
         cosine::CosineAnnealingLrSchedulerConfig, linear::LinearLrSchedulerConfig,
     },
     module::Module,
-    optim::AdamWConfig,
+    optim::{AdamWConfig, OptimizerRecord},
     tensor::Device,
     train::{
         Interrupter, Learner, SupervisedTraining, TrainingStrategy,
@@ -69,10 +69,7 @@ fn prepare(args: &Args) -> Result<Prepared, String> {
         strategy = strategy.with_threads_per_rank(threads);
     }
     if let Some(epoch) = args.resume {
-        let file = args.artifacts.join(format!("checkpoint/model-{epoch}.bpk"));
-        if !file.exists() {
-            return Err(format!("there is no checkpoint {}", file.display()));
-        }
+        check_checkpoint(args, epoch, &model)?;
     }
     fs::create_dir_all(&args.artifacts)
         .map_err(|error| format!("cannot make {}: {error}", args.artifacts.display()))?;
@@ -82,6 +79,35 @@ fn prepare(args: &Args) -> Result<Prepared, String> {
         strategy,
         device,
     })
+}
+
+/// burn-train panics on a checkpoint it cannot load; this says beforehand what is wrong.
+fn check_checkpoint(args: &Args, epoch: usize, model: &LongNet) -> Result<(), String> {
+    let file = |part: &str| {
+        args.artifacts
+            .join(format!("checkpoint/{part}-{epoch}.bpk"))
+    };
+    let cannot = |file: &Path, error: &dyn std::fmt::Display| {
+        let mut reason = error.to_string();
+        if let Some((end, _)) = reason.char_indices().nth(200) {
+            reason.truncate(end);
+            reason.push_str("...");
+        }
+        format!(
+            "cannot resume from {} with these options (they must describe the model of the run that wrote it): {reason}",
+            file.display()
+        )
+    };
+    let weights = file("model");
+    model
+        .clone()
+        .try_load_file(&weights)
+        .map_err(|error| cannot(&weights, &error))?;
+    let optimizer = file("optim");
+    OptimizerRecord::load(&optimizer).map_err(|error| cannot(&optimizer, &error))?;
+    let schedule = file("scheduler");
+    LrSchedulerRecord::load(&schedule).map_err(|error| cannot(&schedule, &error))?;
+    Ok(())
 }
 
 fn model_config(args: &Args) -> LongNetConfig {
@@ -122,14 +148,12 @@ fn run(args: &Args, prepared: Prepared) -> Result<(), String> {
         return Err("no step was trained: the checkpoint is already at the last step".into());
     }
     let tokens = steps.len() * args.batch * args.seq_length;
-    curve::write_csv(
-        &args.artifacts.join("losses.csv"),
-        args.first_step(),
-        &steps,
-    )
-    .map_err(|error| format!("cannot write the losses: {error}"))?;
+    let file = args.artifacts.join("losses.csv");
+    let (first, losses) = curve::whole_run(&file, args.first_step(), &steps);
+    curve::write_csv(&file, first, &losses)
+        .map_err(|error| format!("cannot write the losses: {error}"))?;
     let picture = args.artifacts.join("loss.svg");
-    curve::draw(&picture, args, &steps)
+    curve::draw(&picture, args, first, &losses)
         .map_err(|error| format!("cannot draw the losses: {error}"))?;
 
     let scored = Instant::now();
