@@ -8,7 +8,8 @@ use crate::block::{HeadBlocks, KeyValue, KeyValueGradient, PackedRows, Problem, 
 /// Running state of a forward pass over a rank's own query rows, f32 whatever the input type.
 ///
 /// For a row with scores `S_m` seen so far: `max = max_m S_m`, `denominator = sum_m exp(S_m - max)`,
-/// `output = sum_m exp(S_m - max) V_m`. A row that has seen nothing has `max = -inf` and zeros.
+/// `output = sum_m exp(S_m - max) V_m`. A row that has seen nothing has `max = -inf` and zeros. Only the kernels that made a
+/// state read it: in what unit they keep the maximum is their own matter (those of the CPU multiply it by `log2 e`).
 #[derive(Debug)]
 pub struct ForwardState<B> {
     /// `[batch, query_heads, queries, head_dim]`

@@ -66,5 +66,5 @@ mod cpu;
 mod kernels;
 
 pub use block::*;
-pub use cpu::CpuKernels;
+pub use cpu::{CpuKernels, INSTRUCTION_SET_VARIABLE, InstructionSet};
 pub use kernels::*;

@@ -1,29 +1,32 @@
 //! The backward pass: weights recomputed from the global log-sum-exp, five products per tile.
 //!
+//! As in the forward pass, queries (and output gradients) of a band are packed once and used with all keys, and scores are
+//! computed transposed, keys by queries. Gradients of the band's queries and of a tile's keys are summed in scratch memory.
+//!
 //! With enough heads for all threads, one pass computes all gradients. Otherwise two passes are made over smaller tasks
 //! ([`Gradients`]), and each computes `S` and `dP` anew: seven products instead of five. Gradients are the same to the last
 //! bit in both ways, since each is the same chain of additions.
 
-use std::array;
+use std::f32::consts::LOG2_E;
 
-use pulp::Arch;
-use ring_comm::buffer::{Buffer, HostBuffer};
+use ring_comm::buffer::{Buffer, DType, HostBuffer};
 
-use super::carve::RowsMut;
+use super::Workers;
 use super::check;
+use super::format::{Format, Vectors};
 use super::gradients::{Gradients, Task};
-use super::microkernel::{Old, Shape, multiply};
-use super::rows::{blocks_of, most_visible, pieces, tiles, visible, within};
-use super::softmax::{GradientRow, scale_and_add, softmax_gradient};
-use super::threads::Threads;
-use super::tile::{HostTensor, KEY_TILE, QUERY_TILE, Tile, padded};
+use super::instruction_set::Work;
+use super::panels::{read_rows, row_panels, transposed_panels};
+use super::product::{DepthMajor, Old, Out, Panels, RowMajor, Size, multiply};
+use super::rows::{blocks_of, most_visible, pieces, tiles, within};
+use super::scratch::{Cut, HostTensor, KEY_TILE, QUERY_TILE, Strides, band, padded};
+use super::softmax::{Factors, GradientRows, GradientTile, Sight, softmax_gradient};
 use crate::{BackwardInputs, HeadBlocks, KernelError, KeyValue, KeyValueGradient, Problem, Rows};
 
 /// Adds the gradients of `blocks`; see [`Kernels::backward`](crate::Kernels::backward).
 #[allow(clippy::too_many_arguments)]
 pub(super) fn backward(
-    arch: Arch,
-    threads: &Threads,
+    workers: &Workers,
     problem: &Problem,
     inputs: &BackwardInputs<'_, HostBuffer>,
     key_value: &KeyValue<'_, HostBuffer>,
@@ -41,7 +44,6 @@ pub(super) fn backward(
     let key_rows = check::blocks(problem, blocks)?;
     let (key, value) = check::key_value(problem, key_value, dtype, &key_rows)?;
     let pass = Backward {
-        arch,
         problem,
         query,
         grad_output,
@@ -53,83 +55,79 @@ pub(super) fn backward(
         output_scale,
     };
     pass.run_all(
-        threads,
+        workers,
         Gradients::new(problem, grad_query, grad_key_value, &key_rows)?,
     )
 }
 
-/// The tiles of one thread.
-pub(super) struct Scratch {
-    /// `Q`, queries x head size.
-    query: Tile,
-    /// `dO`, queries x head size.
-    grad_output: Tile,
-    /// `scale K`, keys x head size.
-    key: Tile,
-    /// `scale K^T`, head size x keys.
-    key_transposed: Tile,
-    /// `output_scale V^T`, head size x keys.
-    value_transposed: Tile,
-    /// `S`, then `P`: queries x keys.
-    scores: Tile,
-    /// `dP`, then `dS`: queries x keys.
-    grad_scores: Tile,
-    /// `dQ` of this tile, queries x head size.
-    grad_query: Tile,
-    /// `dK / scale` of this key tile, keys x head size.
-    grad_key: Tile,
-    /// `dV / output_scale` of this key tile, keys x head size.
-    grad_value: Tile,
+/// Words of the matrices of one thread, for every format.
+pub(super) const fn scratch_words(head_dim: usize) -> usize {
+    let (band, dim) = (band(head_dim), padded(head_dim));
+    5 * band * dim + 2 * band + 6 * KEY_TILE * dim + 3 * KEY_TILE * QUERY_TILE
 }
 
-impl Scratch {
-    pub(super) fn new(head_dim: usize) -> Result<Self, KernelError> {
-        Ok(Self {
-            query: Tile::new(QUERY_TILE, head_dim)?,
-            grad_output: Tile::new(QUERY_TILE, head_dim)?,
-            key: Tile::new(KEY_TILE, head_dim)?,
-            key_transposed: Tile::new(head_dim, KEY_TILE)?,
-            value_transposed: Tile::new(head_dim, KEY_TILE)?,
-            scores: Tile::new(QUERY_TILE, KEY_TILE)?,
-            grad_scores: Tile::new(QUERY_TILE, KEY_TILE)?,
-            grad_query: Tile::new(QUERY_TILE, head_dim)?,
-            grad_key: Tile::new(KEY_TILE, head_dim)?,
-            grad_value: Tile::new(KEY_TILE, head_dim)?,
-        })
+/// The matrices of one thread.
+struct Scratch<'a> {
+    /// `Q^T` of every query tile of the band, panels.
+    query_transposed: &'a mut [f32],
+    /// `dO^T` of every query tile of the band, panels.
+    grad_output_transposed: &'a mut [f32],
+    /// `Q` of every query tile of the band, panels.
+    query: &'a mut [f32],
+    /// `dO` of every query tile of the band, panels.
+    grad_output: &'a mut [f32],
+    /// `dQ` of the band.
+    grad_query: &'a mut [f32],
+    /// Log-sum-exp of the band, to base 2.
+    log_sum_exp: &'a mut [f32],
+    /// `scale Delta` of the band.
+    delta: &'a mut [f32],
+    /// Rows of `K`.
+    key_rows: &'a mut [f32],
+    /// `K`, panels.
+    key: &'a mut [f32],
+    /// Rows of `V`.
+    value_rows: &'a mut [f32],
+    /// Rows on their way into panels.
+    staged: &'a mut [f32],
+    /// `dK` of the key tile.
+    grad_key: &'a mut [f32],
+    /// `dV / output_scale` of the key tile.
+    grad_value: &'a mut [f32],
+    /// `K Q^T`, then `P^T`: keys x queries.
+    scores: &'a mut [f32],
+    /// `V dO^T`, then `scale dS^T`: keys x queries.
+    grad_scores: &'a mut [f32],
+    /// `scale dS^T`, in words of neighbouring keys.
+    grad_scores_by_keys: &'a mut [f32],
+}
+
+impl<'a> Scratch<'a> {
+    fn new(mut cut: Cut<'a>, head_dim: usize) -> Self {
+        let (band, dim) = (band(head_dim), padded(head_dim));
+        Self {
+            query_transposed: cut.next(band * dim),
+            grad_output_transposed: cut.next(band * dim),
+            query: cut.next(band * dim),
+            grad_output: cut.next(band * dim),
+            grad_query: cut.next(band * dim),
+            log_sum_exp: cut.next(band),
+            delta: cut.next(band),
+            key_rows: cut.next(KEY_TILE * dim),
+            key: cut.next(KEY_TILE * dim),
+            value_rows: cut.next(KEY_TILE * dim),
+            staged: cut.next(KEY_TILE * dim),
+            grad_key: cut.next(KEY_TILE * dim),
+            grad_value: cut.next(KEY_TILE * dim),
+            scores: cut.next(KEY_TILE * QUERY_TILE),
+            grad_scores: cut.next(KEY_TILE * QUERY_TILE),
+            grad_scores_by_keys: cut.next(KEY_TILE * QUERY_TILE),
+        }
     }
-}
-
-#[cfg(test)]
-impl Scratch {
-    /// Bytes that were really allocated.
-    pub(super) fn bytes(&self) -> usize {
-        let tiles = [
-            &self.query,
-            &self.grad_output,
-            &self.key,
-            &self.key_transposed,
-            &self.value_transposed,
-            &self.scores,
-            &self.grad_scores,
-            &self.grad_query,
-            &self.grad_key,
-            &self.grad_value,
-        ];
-        tiles.into_iter().map(Tile::allocated).sum()
-    }
-}
-
-/// Bytes of the tiles of one thread.
-pub(super) const fn scratch_bytes(head_dim: usize) -> usize {
-    3 * Tile::bytes(QUERY_TILE, head_dim)
-        + 3 * Tile::bytes(KEY_TILE, head_dim)
-        + 2 * Tile::bytes(head_dim, KEY_TILE)
-        + 2 * Tile::bytes(QUERY_TILE, KEY_TILE)
 }
 
 /// What all tasks read.
 struct Backward<'a> {
-    arch: Arch,
     problem: &'a Problem,
     query: HostTensor<'a>,
     grad_output: HostTensor<'a>,
@@ -142,214 +140,369 @@ struct Backward<'a> {
 }
 
 impl Backward<'_> {
-    fn run_all(&self, threads: &Threads, gradients: Gradients<'_>) -> Result<(), KernelError> {
+    fn run_all(&self, workers: &Workers, gradients: Gradients<'_>) -> Result<(), KernelError> {
+        let bf16 = self.query.data.dtype() == DType::BF16;
         let run = |tasks| {
-            let scratch = || Scratch::new(self.problem.head_dim);
-            threads.run(tasks, scratch, |scratch, task| self.run(scratch, task))
+            workers.run(
+                tasks,
+                scratch_words(self.problem.head_dim),
+                |scratch, task| {
+                    let task = TaskWork {
+                        pass: self,
+                        scratch,
+                        task,
+                    };
+                    workers.instruction_set.run(bf16, task);
+                },
+            )
         };
-        let heads = gradients.heads();
-        if heads >= threads.count() {
+        let (heads, threads) = (gradients.heads(), workers.threads.count());
+        if heads >= threads {
             return run(gradients.by_head());
         }
-        let pieces = pieces(heads, threads.count());
-        let (by_query_range, by_key_range) = gradients.by_range(pieces);
+        let (by_query_range, by_key_range) = gradients.by_range(pieces(heads, threads));
         run(by_query_range)?;
         run(by_key_range)
     }
+}
 
-    fn run(&self, scratch: &mut Scratch, mut task: Task<'_>) {
-        for block in blocks_of(self.blocks, task.kv_head) {
+/// One task, and where to do it.
+struct TaskWork<'p, 's, 't> {
+    pass: &'p Backward<'p>,
+    scratch: Cut<'s>,
+    task: Task<'t>,
+}
+
+impl Work for TaskWork<'_, '_, '_> {
+    #[inline(always)]
+    fn run<S: Vectors, F: Format<S>>(self, simd: S, format: F) {
+        let Self {
+            pass,
+            scratch,
+            mut task,
+        } = self;
+        let problem = pass.problem;
+        let mut bands = Bands {
+            simd,
+            format,
+            pass,
+            strides: Strides::new::<S, F>(problem.head_dim),
+            scratch: Scratch::new(scratch, problem.head_dim),
+        };
+        for block in blocks_of(pass.blocks, task.kv_head) {
+            let keys = within(&block.keys, &task.key_rows);
             let queries = within(&block.queries, &task.query_rows);
-            for keys in tiles(within(&block.keys, &task.key_rows), KEY_TILE) {
-                // Later key tiles are further in the future still.
-                if most_visible(self.problem.mask, &queries, &keys) == 0 {
-                    break;
+            for member in 0..problem.group_size() {
+                for queries in tiles(queries, band(problem.head_dim)) {
+                    bands.band(&mut task, member, &queries, &keys);
                 }
-                self.key_tile(scratch, &mut task, queries, &keys);
             }
-        }
-    }
-
-    /// One tile of keys against all queries of the group.
-    fn key_tile(&self, scratch: &mut Scratch, task: &mut Task<'_>, queries: Rows, keys: &Rows) {
-        self.pack(scratch, (task.batch, task.kv_head), keys);
-        scratch.grad_key.data_mut().fill(0.0);
-        scratch.grad_value.data_mut().fill(0.0);
-        for member in 0..self.problem.group_size() {
-            for queries in tiles(queries, QUERY_TILE) {
-                self.tile(scratch, task, member, &queries, keys);
-            }
-        }
-        if let Some(gradient) = &mut task.grad_key_value {
-            let head_dim = self.problem.head_dim;
-            let sums = scratch.grad_key.rows().zip(scratch.grad_value.rows());
-            for (i, (grad_key, grad_value)) in sums.take(keys.count).enumerate() {
-                let row = keys.row(i);
-                add_scaled(
-                    gradient.key.row_mut(row, head_dim),
-                    self.problem.scale,
-                    grad_key,
-                );
-                add_scaled(
-                    gradient.value.row_mut(row, head_dim),
-                    self.output_scale,
-                    grad_value,
-                );
-            }
-        }
-    }
-
-    /// Packs a tile of keys and values. The factors of `S` and `dP` go into them, because they are packed less often than
-    /// queries and output gradients are.
-    fn pack(&self, scratch: &mut Scratch, head: (usize, usize), keys: &Rows) {
-        let head_dim = self.problem.head_dim;
-        scratch
-            .key
-            .read(self.value, head, keys, head_dim, self.output_scale);
-        scratch
-            .value_transposed
-            .transpose(&scratch.key, keys.count, head_dim);
-        scratch
-            .key
-            .read(self.key, head, keys, head_dim, self.problem.scale);
-        scratch
-            .key_transposed
-            .transpose(&scratch.key, keys.count, head_dim);
-    }
-
-    /// The gradients of one tile; `member` counts the query heads of the group.
-    fn tile(
-        &self,
-        scratch: &mut Scratch,
-        task: &mut Task<'_>,
-        member: usize,
-        queries: &Rows,
-        keys: &Rows,
-    ) {
-        let Problem { head_dim, mask, .. } = *self.problem;
-        let seen = most_visible(mask, queries, keys);
-        if seen == 0 {
-            return;
-        }
-        let query_head = task.kv_head * self.problem.group_size() + member;
-        self.weights(scratch, (task.batch, query_head), queries, keys, seen);
-
-        let multiply = |shape, left, right: &Tile, out: &mut Tile| {
-            multiply(
-                self.arch,
-                shape,
-                left,
-                right.matrix(),
-                out.matrix_mut(),
-                Old::Kept,
-            );
-        };
-        if task.grad_key_value.is_some() {
-            let shape = Shape {
-                rows: seen,
-                depth: queries.count,
-                width: padded(head_dim),
-            };
-            let (weights, grad_scores) = (
-                scratch.scores.transposed(),
-                scratch.grad_scores.transposed(),
-            );
-            multiply(
-                shape,
-                weights,
-                &scratch.grad_output,
-                &mut scratch.grad_value,
-            );
-            multiply(shape, grad_scores, &scratch.query, &mut scratch.grad_key);
-        }
-        if let Some(grad_query) = &mut task.grad_query {
-            self.query_gradient(scratch, &mut grad_query[member], queries, seen);
-        }
-    }
-
-    /// `S = scale Q K^T`, `P = exp(S - L)`, `dP = dO V^T`, `dS = P (dP - Delta)`, for the first `seen` keys.
-    fn weights(
-        &self,
-        scratch: &mut Scratch,
-        (batch, query_head): (usize, usize),
-        queries: &Rows,
-        keys: &Rows,
-        seen: usize,
-    ) {
-        let Problem { head_dim, mask, .. } = *self.problem;
-        let head = (batch, query_head);
-        scratch.query.read(self.query, head, queries, head_dim, 1.0);
-        scratch
-            .grad_output
-            .read(self.grad_output, head, queries, head_dim, 1.0);
-
-        let shape = Shape {
-            rows: queries.count,
-            depth: head_dim,
-            width: padded(seen),
-        };
-        let multiply = |left: &Tile, right: &Tile, out: &mut Tile| {
-            let (left, right) = (left.matrix(), right.matrix());
-            multiply(
-                self.arch,
-                shape,
-                left,
-                right,
-                out.matrix_mut(),
-                Old::Replaced,
-            );
-        };
-        multiply(&scratch.query, &scratch.key_transposed, &mut scratch.scores);
-        multiply(
-            &scratch.grad_output,
-            &scratch.value_transposed,
-            &mut scratch.grad_scores,
-        );
-
-        let first = (batch * self.problem.query_heads + query_head) * self.problem.queries;
-        let rows: [GradientRow; QUERY_TILE] = array::from_fn(|i| {
-            // Beyond the last row of a short tile: any row will do, nobody looks.
-            let i = i.min(queries.count - 1);
-            GradientRow {
-                visible: visible(mask, queries.position(i), keys),
-                log_sum_exp: self.log_sum_exp[first + queries.row(i)],
-                delta: self.delta[first + queries.row(i)],
-            }
-        });
-        let rows = &rows[..queries.count];
-        let (scores, grad_scores) = (&mut scratch.scores, &mut scratch.grad_scores);
-        softmax_gradient(self.arch, scores, grad_scores, padded(seen), rows);
-    }
-
-    /// `dQ += dS (scale K)`
-    fn query_gradient(
-        &self,
-        scratch: &mut Scratch,
-        gradient: &mut RowsMut<'_>,
-        queries: &Rows,
-        seen: usize,
-    ) {
-        let head_dim = self.problem.head_dim;
-        let shape = Shape {
-            rows: queries.count,
-            depth: seen,
-            width: padded(head_dim),
-        };
-        let (grad_scores, key) = (scratch.grad_scores.matrix(), scratch.key.matrix());
-        let out = scratch.grad_query.matrix_mut();
-        multiply(self.arch, shape, grad_scores, key, out, Old::Replaced);
-        for (i, term) in scratch.grad_query.rows().take(queries.count).enumerate() {
-            scale_and_add(
-                self.arch,
-                gradient.row_mut(queries.row(i), head_dim),
-                1.0,
-                term,
-            );
         }
     }
 }
 
-/// `row += factor * term`
+/// A task compiled for an instruction set.
+struct Bands<'a, S, F> {
+    simd: S,
+    format: F,
+    pass: &'a Backward<'a>,
+    strides: Strides,
+    scratch: Scratch<'a>,
+}
+
+impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
+    /// Queries of a band with all `keys` they see; `member` counts the query heads of the group.
+    #[inline(always)]
+    fn band(&mut self, task: &mut Task<'_>, member: usize, queries: &Rows, keys: &Rows) {
+        let mask = self.pass.problem.mask;
+        if most_visible(mask, queries, keys) == 0 {
+            return;
+        }
+        let query_head = task.kv_head * self.pass.problem.group_size() + member;
+        self.load(task, (task.batch, query_head), queries);
+        for keys in tiles(*keys, KEY_TILE) {
+            // Later key tiles are further in the future still.
+            if most_visible(mask, queries, &keys) == 0 {
+                break;
+            }
+            self.key_tile(task, queries, &keys);
+        }
+        if let Some(gradient) = &mut task.grad_query {
+            let sums = self.scratch.grad_query.chunks_exact(self.strides.numbers);
+            for (i, sum) in sums.take(queries.count).enumerate() {
+                let row = gradient[member].row_mut(queries.row(i), self.pass.problem.head_dim);
+                add_scaled(row, 1.0, sum);
+            }
+        }
+    }
+
+    /// Packs the queries of a band, their output gradients, and what the forward pass left of them.
+    #[inline(always)]
+    fn load(&mut self, task: &Task<'_>, head: (usize, usize), queries: &Rows) {
+        let pass = self.pass;
+        let scratch = &mut self.scratch;
+        let first = (head.0 * pass.problem.query_heads + head.1) * pass.problem.queries;
+        // Lanes beyond the last query are like queries that see nothing.
+        scratch.log_sum_exp.fill(f32::INFINITY);
+        scratch.delta.fill(0.0);
+        for i in 0..queries.count {
+            let row = first + queries.row(i);
+            if pass.log_sum_exp[row] != f32::NEG_INFINITY {
+                scratch.log_sum_exp[i] = pass.log_sum_exp[row] * LOG2_E;
+                scratch.delta[i] = pass.delta[row] * pass.problem.scale;
+            }
+        }
+        scratch.grad_query.fill(0.0);
+        let for_keys = task.grad_key_value.is_some();
+        for (tile, queries) in tiles(*queries, QUERY_TILE).enumerate() {
+            self.pack_queries(tile, pass.query, head, &queries, for_keys, false);
+            self.pack_queries(tile, pass.grad_output, head, &queries, for_keys, true);
+        }
+    }
+
+    /// Packs a tile of queries or output gradients. Rows of queries that see nothing become 0: whatever is in them, NaN
+    /// too, contributes nothing.
+    #[inline(always)]
+    fn pack_queries(
+        &mut self,
+        tile: usize,
+        tensor: HostTensor<'_>,
+        head: (usize, usize),
+        queries: &Rows,
+        for_keys: bool,
+        gradient: bool,
+    ) {
+        let (simd, format) = (self.simd, self.format);
+        let Strides {
+            numbers,
+            words,
+            depth,
+        } = self.strides;
+        let scratch = &mut self.scratch;
+        let staged = &mut *scratch.staged;
+        let head_dim = self.pass.problem.head_dim;
+        read_rows(format, tensor, head, queries, head_dim, staged, words);
+        let log_sum_exp = &scratch.log_sum_exp[tile * QUERY_TILE..];
+        for (row, log_sum_exp) in staged
+            .chunks_exact_mut(words)
+            .zip(&log_sum_exp[..queries.count])
+        {
+            if *log_sum_exp == f32::INFINITY {
+                row.fill(0.0);
+            }
+        }
+        let (transposed, rows) = match gradient {
+            false => (&mut *scratch.query_transposed, &mut *scratch.query),
+            true => (
+                &mut *scratch.grad_output_transposed,
+                &mut *scratch.grad_output,
+            ),
+        };
+        let start = tile * QUERY_TILE * numbers;
+        transposed_panels(
+            simd,
+            staged,
+            words,
+            queries.count,
+            depth,
+            &mut transposed[start..],
+        );
+        if for_keys {
+            let (room, rows) = (QUERY_TILE / F::DEPTH, &mut rows[start..]);
+            row_panels(simd, format, staged, words, queries.count, rows, room);
+        }
+    }
+
+    /// One tile of keys against the queries of the band.
+    #[inline(always)]
+    fn key_tile(&mut self, task: &mut Task<'_>, queries: &Rows, keys: &Rows) {
+        self.pack_keys((task.batch, task.kv_head), keys, task.grad_query.is_some());
+        let scratch = &mut self.scratch;
+        scratch.grad_key.fill(0.0);
+        scratch.grad_value.fill(0.0);
+        for (tile, queries) in tiles(*queries, QUERY_TILE).enumerate() {
+            if let Some(sight) = Sight::new(self.pass.problem.mask, &queries, keys) {
+                self.weights(tile, &sight);
+                if task.grad_key_value.is_some() {
+                    self.key_gradients(tile, &sight);
+                }
+                if task.grad_query.is_some() {
+                    self.query_gradients(tile, &sight);
+                }
+            }
+        }
+        if let Some(gradient) = &mut task.grad_key_value {
+            let (numbers, head_dim) = (self.strides.numbers, self.pass.problem.head_dim);
+            let grad_key = self.scratch.grad_key.chunks_exact(numbers);
+            let grad_value = self.scratch.grad_value.chunks_exact(numbers);
+            for (i, (key, value)) in grad_key.zip(grad_value).take(keys.count).enumerate() {
+                let row = keys.row(i);
+                add_scaled(gradient.key.row_mut(row, head_dim), 1.0, key);
+                let scale = self.pass.output_scale;
+                add_scaled(gradient.value.row_mut(row, head_dim), scale, value);
+            }
+        }
+    }
+
+    /// Packs a tile of keys and values.
+    #[inline(always)]
+    fn pack_keys(&mut self, head: (usize, usize), keys: &Rows, for_queries: bool) {
+        let (format, words, pass) = (self.format, self.strides.words, self.pass);
+        let Scratch {
+            key_rows,
+            key,
+            value_rows,
+            ..
+        } = &mut self.scratch;
+        let head_dim = pass.problem.head_dim;
+        read_rows(format, pass.key, head, keys, head_dim, key_rows, words);
+        read_rows(format, pass.value, head, keys, head_dim, value_rows, words);
+        if for_queries {
+            let room = KEY_TILE / F::DEPTH;
+            row_panels(self.simd, format, key_rows, words, keys.count, key, room);
+        }
+    }
+
+    /// `S = K Q^T`, `P = exp(scale S - L)`, `dP = V dO^T`, `dS = P (dP - Delta)`, for the keys that are seen.
+    #[inline(always)]
+    fn weights(&mut self, tile: usize, sight: &Sight<'_>) {
+        let Self {
+            simd,
+            format,
+            strides,
+            pass,
+            ref mut scratch,
+        } = *self;
+        let first = tile * QUERY_TILE;
+        let size = Size {
+            rows: sight.seen,
+            depth: strides.depth,
+            columns: sight.queries(),
+        };
+        let products = [
+            (
+                &*scratch.key_rows,
+                &*scratch.query_transposed,
+                &mut *scratch.scores,
+            ),
+            (
+                &*scratch.value_rows,
+                &*scratch.grad_output_transposed,
+                &mut *scratch.grad_scores,
+            ),
+        ];
+        for (words, panels, numbers) in products {
+            let left = RowMajor {
+                words,
+                stride: strides.words,
+            };
+            let right = Panels {
+                words: &panels[first * strides.numbers..],
+                room: strides.depth,
+            };
+            let out = Out {
+                numbers,
+                stride: QUERY_TILE,
+            };
+            multiply(simd, format, size, left, right, out, Old::Replaced);
+        }
+        let tile = GradientTile {
+            scores: scratch.scores,
+            gradients: scratch.grad_scores,
+            by_keys: scratch.grad_scores_by_keys,
+        };
+        let scale = pass.problem.scale;
+        let factors = Factors {
+            score: scale * LOG2_E,
+            gradient: scale * pass.output_scale,
+        };
+        let rows = GradientRows {
+            log_sum_exp: &scratch.log_sum_exp[first..first + QUERY_TILE],
+            delta: &scratch.delta[first..first + QUERY_TILE],
+        };
+        softmax_gradient(simd, format, tile, sight, factors, &rows);
+    }
+
+    /// `dV += P^T dO`, `dK += dS^T Q`
+    #[inline(always)]
+    fn key_gradients(&mut self, tile: usize, sight: &Sight<'_>) {
+        let Self {
+            simd,
+            format,
+            strides,
+            ref mut scratch,
+            ..
+        } = *self;
+        let size = Size {
+            rows: sight.seen,
+            depth: sight.queries().div_ceil(F::DEPTH),
+            columns: self.pass.problem.head_dim,
+        };
+        let products = [
+            (
+                &*scratch.scores,
+                &*scratch.grad_output,
+                &mut *scratch.grad_value,
+            ),
+            (
+                &*scratch.grad_scores,
+                &*scratch.query,
+                &mut *scratch.grad_key,
+            ),
+        ];
+        for (words, panels, numbers) in products {
+            let left = RowMajor {
+                words,
+                stride: QUERY_TILE,
+            };
+            let right = Panels {
+                words: &panels[tile * QUERY_TILE * strides.numbers..],
+                room: QUERY_TILE / F::DEPTH,
+            };
+            let out = Out {
+                numbers,
+                stride: strides.numbers,
+            };
+            multiply(simd, format, size, left, right, out, Old::Kept);
+        }
+    }
+
+    /// `dQ += dS K`
+    #[inline(always)]
+    fn query_gradients(&mut self, tile: usize, sight: &Sight<'_>) {
+        let Self {
+            simd,
+            format,
+            strides,
+            ref mut scratch,
+            ..
+        } = *self;
+        let size = Size {
+            rows: sight.queries(),
+            depth: sight.seen.div_ceil(F::DEPTH),
+            columns: self.pass.problem.head_dim,
+        };
+        let left = DepthMajor {
+            words: match F::DEPTH {
+                1 => scratch.grad_scores,
+                _ => scratch.grad_scores_by_keys,
+            },
+            stride: QUERY_TILE,
+        };
+        let right = Panels {
+            words: scratch.key,
+            room: KEY_TILE / F::DEPTH,
+        };
+        let out = Out {
+            numbers: &mut scratch.grad_query[tile * QUERY_TILE * strides.numbers..],
+            stride: strides.numbers,
+        };
+        multiply(simd, format, size, left, right, out, Old::Kept);
+    }
+}
+
+/// `row += factor * term`; `term` may be longer.
+#[inline(always)]
 fn add_scaled(row: &mut [f32], factor: f32, term: &[f32]) {
     for (x, term) in row.iter_mut().zip(term) {
         *x += factor * term;

@@ -49,6 +49,11 @@ impl<'a> RowsMut<'a> {
         &mut self.data[(row - self.first_row) * self.stride..][..head_dim]
     }
 
+    /// Row `row` (local index).
+    pub(super) fn row(&self, row: usize, head_dim: usize) -> &[f32] {
+        &self.data[(row - self.first_row) * self.stride..][..head_dim]
+    }
+
     /// One piece for each of `ranges`, which follow one another from the first row on.
     pub(super) fn split(self, ranges: &[Range<usize>]) -> Vec<RowsMut<'a>> {
         let mut rest = self.data;

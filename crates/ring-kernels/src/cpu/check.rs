@@ -3,7 +3,7 @@
 use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
 
 use super::rows::blocks_of;
-use super::tile::HostTensor;
+use super::scratch::HostTensor;
 use crate::{HeadBlocks, KernelError, KeyValue, PackedRows, Problem, RowLayout, Rows};
 
 /// The sizes of a problem, known not to overflow.

@@ -1,26 +1,29 @@
 //! The forward pass: online softmax over tiles of keys.
 //!
 //! A task owns a range of query rows of one head: their output, maximum and denominator. It walks all blocks of the head,
-//! restricted to its rows. Keys and values of a tile are packed once and used for all query tiles of the range.
+//! restricted to its rows, band by band: the queries of a band are packed once and used with all keys; keys and values of a
+//! tile are packed once for all query tiles of the band.
 
+use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
-use pulp::Arch;
-use ring_comm::buffer::HostBuffer;
+use ring_comm::buffer::{DType, HostBuffer};
 
+use super::Workers;
 use super::carve::{RowsMut, carve};
 use super::check;
-use super::microkernel::{Old, Shape, multiply};
-use super::rows::{blocks_of, most_visible, pieces, ranges, tiles, visible, within};
-use super::softmax::{RowState, online_softmax, scale_and_add};
-use super::threads::Threads;
-use super::tile::{HostTensor, KEY_TILE, QUERY_TILE, Tile, padded};
+use super::format::{Format, Vectors, copy};
+use super::instruction_set::Work;
+use super::panels::{read_rows, row_panels, transposed_panels};
+use super::product::{DepthMajor, Old, Out, Panels, RowMajor, Size, multiply};
+use super::rows::{blocks_of, most_visible, pieces, ranges, tiles, within};
+use super::scratch::{Cut, HostTensor, KEY_TILE, QUERY_TILE, Strides, band, padded};
+use super::softmax::{RowState, Sight, online_softmax};
 use crate::{ForwardState, HeadBlocks, KernelError, KeyValue, Problem, Rows};
 
 /// Adds `blocks` to `state`; see [`Kernels::forward`](crate::Kernels::forward).
 pub(super) fn forward(
-    arch: Arch,
-    threads: &Threads,
+    workers: &Workers,
     problem: &Problem,
     query: HostTensor<'_>,
     key_value: &KeyValue<'_, HostBuffer>,
@@ -30,20 +33,23 @@ pub(super) fn forward(
     check::query_tensor("query", query, problem)?;
     let key_rows = check::blocks(problem, blocks)?;
     let (key, value) = check::key_value(problem, key_value, query.data.dtype(), &key_rows)?;
-    let tasks = tasks(problem, state, threads.count())?;
+    let tasks = tasks(problem, state, workers.threads.count())?;
     let pass = Forward {
-        arch,
         problem,
         query,
         key,
         value,
         blocks,
     };
-    threads.run(
-        tasks,
-        || Scratch::new(problem.head_dim),
-        |scratch, task| pass.run(scratch, task),
-    )
+    let bf16 = query.data.dtype() == DType::BF16;
+    workers.run(tasks, scratch_words(problem.head_dim), |scratch, task| {
+        let task = TaskWork {
+            pass: &pass,
+            scratch,
+            task,
+        };
+        workers.instruction_set.run(bf16, task);
+    })
 }
 
 /// A range of query rows of one head, and their state.
@@ -101,58 +107,58 @@ fn tasks<'a>(
     Ok(owned.iter().zip(state).map(task).collect())
 }
 
-/// The tiles of one thread.
-pub(super) struct Scratch {
-    /// `Q`, queries x head size.
-    query: Tile,
-    /// `scale K^T`, head size x keys.
-    key_transposed: Tile,
-    /// `V`, keys x head size.
-    value: Tile,
-    /// `S`, then `P`: queries x keys.
-    scores: Tile,
-    /// `P V`, queries x head size.
-    product: Tile,
+/// Words of the matrices of one thread, for every format.
+pub(super) const fn scratch_words(head_dim: usize) -> usize {
+    let (band, dim) = (band(head_dim), padded(head_dim));
+    2 * band * dim
+        + 2 * KEY_TILE * dim
+        + KEY_TILE * dim
+        + KEY_TILE * QUERY_TILE
+        + 2 * band
+        + QUERY_TILE
 }
 
-impl Scratch {
-    pub(super) fn new(head_dim: usize) -> Result<Self, KernelError> {
-        Ok(Self {
-            query: Tile::new(QUERY_TILE, head_dim)?,
-            key_transposed: Tile::new(head_dim, KEY_TILE)?,
-            value: Tile::new(KEY_TILE, head_dim)?,
-            scores: Tile::new(QUERY_TILE, KEY_TILE)?,
-            product: Tile::new(QUERY_TILE, head_dim)?,
-        })
+/// The matrices of one thread.
+struct Scratch<'a> {
+    /// `Q^T` of every query tile of the band, panels.
+    query: &'a mut [f32],
+    /// `O` of the band, unnormalised.
+    output: &'a mut [f32],
+    /// Maxima of the band, to base 2.
+    max: &'a mut [f32],
+    /// Denominators of the band.
+    denominator: &'a mut [f32],
+    /// Rows of `K`.
+    key: &'a mut [f32],
+    /// `V`, panels.
+    value: &'a mut [f32],
+    /// Rows on their way into panels.
+    staged: &'a mut [f32],
+    /// `K Q^T`, then `P^T`: keys x queries.
+    scores: &'a mut [f32],
+    /// What the output so far is multiplied by.
+    correction: &'a mut [f32],
+}
+
+impl<'a> Scratch<'a> {
+    fn new(mut cut: Cut<'a>, head_dim: usize) -> Self {
+        let (band, dim) = (band(head_dim), padded(head_dim));
+        Self {
+            query: cut.next(band * dim),
+            output: cut.next(band * dim),
+            max: cut.next(band),
+            denominator: cut.next(band),
+            key: cut.next(KEY_TILE * dim),
+            value: cut.next(KEY_TILE * dim),
+            staged: cut.next(KEY_TILE * dim),
+            scores: cut.next(KEY_TILE * QUERY_TILE),
+            correction: cut.next(QUERY_TILE),
+        }
     }
-}
-
-#[cfg(test)]
-impl Scratch {
-    /// Bytes that were really allocated.
-    pub(super) fn bytes(&self) -> usize {
-        let tiles = [
-            &self.query,
-            &self.key_transposed,
-            &self.value,
-            &self.scores,
-            &self.product,
-        ];
-        tiles.into_iter().map(Tile::allocated).sum()
-    }
-}
-
-/// Bytes of the tiles of one thread.
-pub(super) const fn scratch_bytes(head_dim: usize) -> usize {
-    2 * Tile::bytes(QUERY_TILE, head_dim)
-        + Tile::bytes(head_dim, KEY_TILE)
-        + Tile::bytes(KEY_TILE, head_dim)
-        + Tile::bytes(QUERY_TILE, KEY_TILE)
 }
 
 /// What all tasks read.
 struct Forward<'a> {
-    arch: Arch,
     problem: &'a Problem,
     query: HostTensor<'a>,
     key: HostTensor<'a>,
@@ -160,107 +166,212 @@ struct Forward<'a> {
     blocks: &'a [HeadBlocks],
 }
 
-impl Forward<'_> {
-    fn run(&self, scratch: &mut Scratch, mut task: Task<'_>) {
-        let kv_head = task.query_head / self.problem.group_size();
-        for block in blocks_of(self.blocks, kv_head) {
-            let queries = within(&block.queries, &task.rows);
-            for keys in tiles(block.keys, KEY_TILE) {
-                // Later key tiles are further in the future still.
-                if most_visible(self.problem.mask, &queries, &keys) == 0 {
-                    break;
-                }
-                self.pack(scratch, (task.batch, kv_head), &keys);
-                for queries in tiles(queries, QUERY_TILE) {
-                    self.tile(scratch, &mut task, &queries, &keys);
-                }
+/// One task, and where to do it.
+struct TaskWork<'p, 's, 't> {
+    pass: &'p Forward<'p>,
+    scratch: Cut<'s>,
+    task: Task<'t>,
+}
+
+impl Work for TaskWork<'_, '_, '_> {
+    #[inline(always)]
+    fn run<S: Vectors, F: Format<S>>(self, simd: S, format: F) {
+        let Self {
+            pass,
+            scratch,
+            mut task,
+        } = self;
+        let problem = pass.problem;
+        let mut bands = Bands {
+            simd,
+            format,
+            pass,
+            strides: Strides::new::<S, F>(problem.head_dim),
+            scratch: Scratch::new(scratch, problem.head_dim),
+        };
+        let kv_head = task.query_head / problem.group_size();
+        for block in blocks_of(pass.blocks, kv_head) {
+            for queries in tiles(within(&block.queries, &task.rows), band(problem.head_dim)) {
+                bands.band(&mut task, &queries, &block.keys);
             }
         }
     }
+}
 
-    /// Packs a tile of keys and values. The scale goes into the keys, which are packed less often than the queries.
-    fn pack(&self, scratch: &mut Scratch, head: (usize, usize), keys: &Rows) {
-        let head_dim = self.problem.head_dim;
-        scratch
-            .value
-            .read(self.key, head, keys, head_dim, self.problem.scale);
-        scratch
-            .key_transposed
-            .transpose(&scratch.value, keys.count, head_dim);
-        scratch.value.read(self.value, head, keys, head_dim, 1.0);
-    }
+/// A task compiled for an instruction set.
+struct Bands<'a, S, F> {
+    simd: S,
+    format: F,
+    pass: &'a Forward<'a>,
+    strides: Strides,
+    scratch: Scratch<'a>,
+}
 
-    /// `S = scale Q K^T`, `P = exp(S - m)`, `O = O exp(m_old - m) + P V` for one tile.
-    fn tile(&self, scratch: &mut Scratch, task: &mut Task<'_>, queries: &Rows, keys: &Rows) {
-        let Problem { head_dim, mask, .. } = *self.problem;
-        let seen = most_visible(mask, queries, keys);
-        if seen == 0 {
+impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
+    /// Queries of a band with all `keys` they see.
+    #[inline(always)]
+    fn band(&mut self, task: &mut Task<'_>, queries: &Rows, keys: &Rows) {
+        let mask = self.pass.problem.mask;
+        if most_visible(mask, queries, keys) == 0 {
             return;
         }
-        let rows = queries.count;
-        let head = (task.batch, task.query_head);
-        scratch.query.read(self.query, head, queries, head_dim, 1.0);
-        let shape = Shape {
-            rows,
-            depth: head_dim,
-            width: padded(seen),
-        };
-        let (query, key) = (scratch.query.matrix(), scratch.key_transposed.matrix());
-        multiply(
-            self.arch,
-            shape,
+        let kv_head = task.query_head / self.pass.problem.group_size();
+        self.load(task, queries);
+        for keys in tiles(*keys, KEY_TILE) {
+            // Later key tiles are further in the future still.
+            if most_visible(mask, queries, &keys) == 0 {
+                break;
+            }
+            self.pack_keys((task.batch, kv_head), &keys);
+            for (tile, queries) in tiles(*queries, QUERY_TILE).enumerate() {
+                if let Some(sight) = Sight::new(mask, &queries, &keys) {
+                    self.tile(tile, &sight);
+                }
+            }
+        }
+        self.store(task, queries);
+    }
+
+    /// Packs the queries of a band and loads their state.
+    #[inline(always)]
+    fn load(&mut self, task: &Task<'_>, queries: &Rows) {
+        let Strides {
+            numbers,
+            words,
+            depth,
+        } = self.strides;
+        let Scratch {
             query,
-            key,
-            scratch.scores.matrix_mut(),
-            Old::Replaced,
-        );
-
-        let correction = self.softmax(&mut scratch.scores, task, queries, keys, padded(seen));
-
-        let shape = Shape {
-            rows,
-            depth: seen,
-            width: padded(head_dim),
-        };
-        let (weights, value) = (scratch.scores.matrix(), scratch.value.matrix());
-        multiply(
-            self.arch,
-            shape,
-            weights,
-            value,
-            scratch.product.matrix_mut(),
-            Old::Replaced,
-        );
-        for (i, product) in scratch.product.rows().take(rows).enumerate() {
-            let output = task.output.row_mut(queries.row(i), head_dim);
-            scale_and_add(self.arch, output, correction[i], product);
+            output,
+            max,
+            denominator,
+            staged,
+            ..
+        } = &mut self.scratch;
+        let head = (task.batch, task.query_head);
+        let head_dim = self.pass.problem.head_dim;
+        for (tile, queries) in tiles(*queries, QUERY_TILE).enumerate() {
+            read_rows(
+                self.format,
+                self.pass.query,
+                head,
+                &queries,
+                head_dim,
+                staged,
+                words,
+            );
+            if self.pass.problem.scale < 0.0 {
+                self.format.negate(&mut staged[..queries.count * words]);
+            }
+            let panels = &mut query[tile * QUERY_TILE * numbers..];
+            transposed_panels(self.simd, staged, words, queries.count, depth, panels);
+        }
+        // Lanes beyond the last query are like queries that have seen nothing.
+        max.fill(f32::NEG_INFINITY);
+        denominator.fill(0.0);
+        for (i, output) in output
+            .chunks_exact_mut(numbers)
+            .take(queries.count)
+            .enumerate()
+        {
+            let row = queries.row(i) - task.rows.start;
+            max[i] = task.max[row];
+            denominator[i] = task.denominator[row];
+            let (sums, padding) = output.split_at_mut(head_dim);
+            copy(task.output.row(queries.row(i), head_dim), sums);
+            padding.fill(0.0);
         }
     }
 
-    /// One step of the online softmax; returns the factors that correct the output so far.
-    fn softmax(
-        &self,
-        scores: &mut Tile,
-        task: &mut Task<'_>,
-        queries: &Rows,
-        keys: &Rows,
-        width: usize,
-    ) -> [f32; QUERY_TILE] {
-        let mut state = RowState::new();
-        let mut seen = [0; QUERY_TILE];
-        let seen = &mut seen[..queries.count];
-        for (i, seen) in seen.iter_mut().enumerate() {
+    /// Stores the state of a band.
+    #[inline(always)]
+    fn store(&mut self, task: &mut Task<'_>, queries: &Rows) {
+        let head_dim = self.pass.problem.head_dim;
+        let output = self.scratch.output.chunks_exact(self.strides.numbers);
+        for (i, output) in output.take(queries.count).enumerate() {
             let row = queries.row(i) - task.rows.start;
-            state.max[i] = task.max[row];
-            state.denominator[i] = task.denominator[row];
-            *seen = visible(self.problem.mask, queries.position(i), keys);
+            task.max[row] = self.scratch.max[i];
+            task.denominator[row] = self.scratch.denominator[i];
+            let row = task.output.row_mut(queries.row(i), head_dim);
+            copy(&output[..head_dim], row);
         }
-        online_softmax(self.arch, scores, seen, width, &mut state);
-        for i in 0..queries.count {
-            let row = queries.row(i) - task.rows.start;
-            task.max[row] = state.max[i];
-            task.denominator[row] = state.denominator[i];
-        }
-        state.correction
+    }
+
+    /// Packs a tile of keys and values.
+    #[inline(always)]
+    fn pack_keys(&mut self, head: (usize, usize), keys: &Rows) {
+        let Scratch {
+            key, value, staged, ..
+        } = &mut self.scratch;
+        let (format, words) = (self.format, self.strides.words);
+        let head_dim = self.pass.problem.head_dim;
+        read_rows(format, self.pass.key, head, keys, head_dim, key, words);
+        read_rows(format, self.pass.value, head, keys, head_dim, staged, words);
+        let room = KEY_TILE / F::DEPTH;
+        row_panels(self.simd, format, staged, words, keys.count, value, room);
+    }
+
+    /// `S = K Q^T`, `P = exp(scale S - m)`, `O = exp(m_old - m) O + P V` for one tile.
+    #[inline(always)]
+    fn tile(&mut self, tile: usize, sight: &Sight<'_>) {
+        let Self {
+            simd,
+            format,
+            strides,
+            ref mut scratch,
+            ..
+        } = *self;
+        let (first, queries) = (tile * QUERY_TILE, sight.queries());
+        let size = Size {
+            rows: sight.seen,
+            depth: strides.depth,
+            columns: queries,
+        };
+        let key = RowMajor {
+            words: scratch.key,
+            stride: strides.words,
+        };
+        let query = Panels {
+            words: &scratch.query[first * strides.numbers..],
+            room: strides.depth,
+        };
+        let scores = Out {
+            numbers: scratch.scores,
+            stride: QUERY_TILE,
+        };
+        multiply(simd, format, size, key, query, scores, Old::Replaced);
+
+        // Not 0, which would make NaN of the -inf of a pair that is not seen; times any score this is 0 as well.
+        let scale = match self.pass.problem.scale {
+            0.0 => f32::MIN_POSITIVE,
+            scale => scale.abs(),
+        };
+        let mut state = RowState {
+            max: &mut scratch.max[first..first + QUERY_TILE],
+            denominator: &mut scratch.denominator[first..first + QUERY_TILE],
+            correction: scratch.correction,
+        };
+        let factor = scale * LOG2_E;
+        online_softmax(simd, format, scratch.scores, sight, factor, &mut state);
+
+        let size = Size {
+            rows: queries,
+            depth: sight.seen.div_ceil(F::DEPTH),
+            columns: self.pass.problem.head_dim,
+        };
+        let weights = DepthMajor {
+            words: scratch.scores,
+            stride: QUERY_TILE,
+        };
+        let value = Panels {
+            words: scratch.value,
+            room: KEY_TILE / F::DEPTH,
+        };
+        let output = Out {
+            numbers: &mut scratch.output[first * strides.numbers..],
+            stride: strides.numbers,
+        };
+        let old = Old::Scaled(scratch.correction);
+        multiply(simd, format, size, weights, value, output, old);
     }
 }

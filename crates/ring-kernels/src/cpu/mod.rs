@@ -1,28 +1,36 @@
 //! The kernels on the CPU.
 
 mod backward;
+#[cfg(target_arch = "x86_64")]
+mod bf16_pairs;
 mod carve;
 mod check;
-mod exp;
+mod exp2;
+mod format;
 mod forward;
 mod gradients;
+mod instruction_set;
 mod memory;
-mod microkernel;
 mod normalise;
 mod pack;
+mod panels;
+mod product;
 mod rows;
+mod scratch;
 mod softmax;
 mod threads;
-mod tile;
 
 #[cfg(test)]
 mod oracle;
 #[cfg(test)]
 mod tests;
 
-use pulp::Arch;
+use std::sync::Arc;
+
 use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
 
+pub use self::instruction_set::{INSTRUCTION_SET_VARIABLE, InstructionSet};
+use self::scratch::{Cut, Pool};
 use self::threads::Threads;
 use crate::{
     BackwardInputs, ForwardState, HeadBlocks, KernelError, Kernels, KeyValue, KeyValueGradient,
@@ -37,44 +45,87 @@ use crate::{
 /// Key gradients in a [`KeyValueGradient::Slot`] must keep the rows of one head together (as [`PackedRows`] does): heads
 /// are divided among threads, and heads that interleave are refused.
 ///
-/// Memory beside the arguments: [`CpuKernels::scratch_bytes`] during [`forward`](Kernels::forward) and
-/// [`backward`](Kernels::backward), whatever the number of rows.
+/// Memory beside the arguments: [`CpuKernels::scratch_bytes`], whatever the number of rows. It is allocated by the first
+/// [`forward`](Kernels::forward) or [`backward`](Kernels::backward) and kept for later ones.
 #[derive(Clone, Debug)]
 pub struct CpuKernels {
-    arch: Arch,
-    threads: Threads,
+    workers: Arc<Workers>,
 }
 
 impl CpuKernels {
-    /// Kernels on `threads` threads: 1 computes on the calling thread, more on a pool.
+    /// Kernels on `threads` threads: 1 computes on the calling thread, more on a pool. They use the fastest instructions of
+    /// this processor, or those that [`INSTRUCTION_SET_VARIABLE`] names.
     ///
     /// # Errors
-    /// [`KernelError::Invalid`] for 0 threads, [`KernelError::Device`] if threads cannot be started.
+    /// [`KernelError::Invalid`] for 0 threads or an instruction set that does not exist or that the processor lacks,
+    /// [`KernelError::Device`] if threads cannot be started.
     pub fn new(threads: usize) -> Result<Self, KernelError> {
-        Ok(Self {
-            arch: Arch::new(),
+        Self::with_instruction_set(threads, InstructionSet::from_env()?)
+    }
+
+    /// Kernels on `threads` threads that use the given instructions.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_instruction_set(
+        threads: usize,
+        instruction_set: InstructionSet,
+    ) -> Result<Self, KernelError> {
+        let workers = Workers {
+            instruction_set: instruction_set.checked()?,
             threads: Threads::new(threads)?,
+            scratch: Pool::default(),
+        };
+        Ok(Self {
+            workers: Arc::new(workers),
         })
     }
 
     /// Number of threads that compute.
     pub fn threads(&self) -> usize {
-        self.threads.count()
+        self.workers.threads.count()
     }
 
-    /// Bytes of tiles that `threads` threads hold during a backward pass (a forward pass holds less): per thread about
-    /// `3.25 KiB * head_dim + 64 KiB`.
+    /// The instructions that compute.
+    pub fn instruction_set(&self) -> InstructionSet {
+        self.workers.instruction_set
+    }
+
+    /// Bytes of scratch memory that `threads` threads hold once they have computed a backward pass; a forward pass needs
+    /// less. Per thread about 0.6 MiB for head size 64, 1 MiB for 256.
     pub const fn scratch_bytes(head_dim: usize, threads: usize) -> usize {
         let (forward, backward) = (
-            forward::scratch_bytes(head_dim),
-            backward::scratch_bytes(head_dim),
+            forward::scratch_words(head_dim),
+            backward::scratch_words(head_dim),
         );
-        threads
-            * if forward > backward {
-                forward
-            } else {
-                backward
-            }
+        let words = if forward > backward {
+            forward
+        } else {
+            backward
+        };
+        threads * scratch::bytes(words)
+    }
+}
+
+/// Who computes, how, and where.
+#[derive(Debug)]
+struct Workers {
+    instruction_set: InstructionSet,
+    threads: Threads,
+    scratch: Pool,
+}
+
+impl Workers {
+    /// Does every task once, with scratch memory of `words` words.
+    fn run<T: Send>(
+        &self,
+        tasks: Vec<T>,
+        words: usize,
+        work: impl Fn(Cut<'_>, T) + Sync,
+    ) -> Result<(), KernelError> {
+        let scratch = || self.scratch.borrow(words);
+        self.threads
+            .run(tasks, scratch, |scratch, task| work(scratch.cut(), task))
     }
 }
 
@@ -123,8 +174,7 @@ impl Kernels<HostBuffer> for CpuKernels {
         state: &mut ForwardState<HostBuffer>,
     ) -> Result<(), KernelError> {
         forward::forward(
-            self.arch,
-            &self.threads,
+            &self.workers,
             problem,
             query.into(),
             key_value,
@@ -140,7 +190,7 @@ impl Kernels<HostBuffer> for CpuKernels {
         dtype: DType,
         output_scale: f32,
     ) -> Result<(HostBuffer, HostBuffer), KernelError> {
-        normalise::finish(&self.threads, problem, state, dtype, output_scale)
+        normalise::finish(&self.workers.threads, problem, state, dtype, output_scale)
     }
 
     fn delta(
@@ -152,7 +202,7 @@ impl Kernels<HostBuffer> for CpuKernels {
         grad_log_sum_exp: Option<HostView<'_>>,
     ) -> Result<HostBuffer, KernelError> {
         normalise::delta(
-            &self.threads,
+            &self.workers.threads,
             problem,
             output,
             grad_output.into(),
@@ -172,8 +222,7 @@ impl Kernels<HostBuffer> for CpuKernels {
         grad_key_value: KeyValueGradient<'_, HostBuffer>,
     ) -> Result<(), KernelError> {
         backward::backward(
-            self.arch,
-            &self.threads,
+            &self.workers,
             problem,
             inputs,
             key_value,

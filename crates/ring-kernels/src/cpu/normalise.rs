@@ -1,13 +1,16 @@
 //! The ends of the forward pass (output and log-sum-exp) and the beginning of the backward pass (`Delta`).
 
+use std::f64::consts::LN_2;
+
 use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
 
 use super::carve::carve;
 use super::check;
+use super::format::widen;
 use super::memory::{round, zeroed};
 use super::rows::{pieces, ranges};
+use super::scratch::HostTensor;
 use super::threads::Threads;
-use super::tile::{HostTensor, widen};
 use crate::{ForwardState, KernelError, Problem};
 
 /// `O = sum / denominator`, `L = max + ln denominator`, in place; see [`Kernels::finish`](crate::Kernels::finish).
@@ -61,7 +64,8 @@ fn normalise_row(output: &mut [f32], max: &mut f32, denominator: f32, output_sca
     }
     let factor = output_scale / denominator;
     output.iter_mut().for_each(|x| *x *= factor);
-    *max += denominator.ln();
+    // The maximum is to base 2.
+    *max = (f64::from(*max) * LN_2 + f64::from(denominator).ln()) as f32;
 }
 
 /// `Delta = dO . O - dL`; see [`Kernels::delta`](crate::Kernels::delta).

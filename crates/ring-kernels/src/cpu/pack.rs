@@ -5,7 +5,7 @@ use ring_comm::buffer::{Buffer, HostBuffer, HostView};
 
 use super::check;
 use super::memory::{Element, zeroed};
-use super::tile::HostTensor;
+use super::scratch::HostTensor;
 use crate::{KernelError, PackedRows, Problem, RowLayout};
 
 /// Copies the rows that travel into a message; see [`Kernels::pack`](crate::Kernels::pack).

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::tile::QUERY_TILE;
+use super::scratch::QUERY_TILE;
 use crate::{Block, HeadBlocks, Mask, Rows};
 
 /// Rows `start..start + count` of `rows`.
@@ -47,6 +47,20 @@ pub(super) fn visible(mask: Mask, position: i64, keys: &Rows) -> usize {
                 position.abs_diff(keys.first_position) / keys.position_step.unsigned_abs().max(1);
             usize::try_from(steps)
                 .map_or(keys.count, |steps| keys.count.min(steps.saturating_add(1)))
+        }
+    }
+}
+
+/// The first of `queries` that sees a key at `position`; their number if none does.
+pub(super) fn first_seeing(mask: Mask, position: i64, queries: &Rows) -> usize {
+    match mask {
+        Mask::None => 0,
+        Mask::Causal if position <= queries.first_position => 0,
+        Mask::Causal => {
+            let steps = position
+                .abs_diff(queries.first_position)
+                .div_ceil(queries.position_step.unsigned_abs().max(1));
+            usize::try_from(steps).map_or(queries.count, |steps| queries.count.min(steps))
         }
     }
 }
@@ -126,6 +140,17 @@ mod tests {
                 .count();
             assert_eq!(visible(Mask::Causal, position, &ROWS), expected);
             assert_eq!(visible(Mask::None, position, &ROWS), ROWS.count);
+        }
+    }
+
+    #[test]
+    fn first_seeing_is_the_first_query_at_or_after_the_key() {
+        for position in -20..30 {
+            let expected = (0..ROWS.count)
+                .find(|&i| ROWS.position(i) >= position)
+                .unwrap_or(ROWS.count);
+            assert_eq!(first_seeing(Mask::Causal, position, &ROWS), expected);
+            assert_eq!(first_seeing(Mask::None, position, &ROWS), 0);
         }
     }
 

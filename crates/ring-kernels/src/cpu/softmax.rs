@@ -1,187 +1,402 @@
-//! Softmax on tiles: one step of the online softmax (forward), and its derivative (backward).
+//! Softmax on tiles of scores: one step of the online softmax (forward), and its derivative (backward).
 //!
-//! A query sees the first `visible` keys of a tile, because positions ascend; the mask is one number per row.
+//! A tile holds scores transposed: a row for each key, a lane for each query. What belongs to a query, its maximum, its
+//! denominator, its log-sum-exp, is a lane of a vector, and nothing is ever reduced across lanes. Weights take the place of the
+//! scores they are made of, as words that the next product reads.
+//!
+//! Everything is to base 2: scores are multiplied by `scale log2 e`.
 
-use pulp::{Arch, Simd, WithSimd};
+use super::format::{Format, Vectors};
+use super::rows::{first_seeing, visible};
+use super::scratch::QUERY_TILE;
+use crate::{Mask, Rows};
 
-use super::exp::exp;
-use super::tile::{QUERY_TILE, Tile};
-
-/// Running maximum and denominator of the query rows of a tile, and what a step does to them.
-pub(super) struct RowState {
-    /// `m = max S` over the keys seen so far.
-    pub(super) max: [f32; QUERY_TILE],
-    /// `sum exp(S - m)`
-    pub(super) denominator: [f32; QUERY_TILE],
-    /// `exp(m_old - m_new)`, by which everything summed so far must be multiplied.
-    pub(super) correction: [f32; QUERY_TILE],
-}
-
-impl RowState {
-    /// Nothing seen, nothing to correct.
-    pub(super) fn new() -> Self {
-        Self {
-            max: [f32::NEG_INFINITY; QUERY_TILE],
-            denominator: [0.0; QUERY_TILE],
-            correction: [1.0; QUERY_TILE],
-        }
+/// Lanes of a tile, numbered.
+const LANES: [f32; QUERY_TILE] = {
+    let mut lanes = [0.0; QUERY_TILE];
+    let mut i = 0;
+    while i < QUERY_TILE {
+        lanes[i] = i as f32;
+        i += 1;
     }
+    lanes
+};
+
+/// Vectors treated together: their chains of additions overlap.
+const VECTORS: usize = 4;
+
+/// The array of a value for each `j`. Not `array::from_fn`: a closure is not sure to be compiled for the instruction set.
+macro_rules! each {
+    ($simd:expr, |$j:ident| $value:expr) => {{
+        let mut values = [$simd.splat_f32s(0.0); N];
+        for $j in 0..N {
+            values[$j] = $value;
+        }
+        values
+    }};
 }
 
-/// Turns scores into weights `exp(S - m_new)` and updates the state of their rows.
-///
-/// `width` is the number of score columns that were computed, whole vectors. A row that sees no key here keeps its state
-/// (`-inf - -inf` is never formed), and its weights are 0. NaN among the scores of a row makes its denominator NaN.
-pub(super) fn online_softmax(
-    arch: Arch,
-    scores: &mut Tile,
-    visible: &[usize],
-    width: usize,
-    state: &mut RowState,
-) {
-    arch.dispatch(OnlineSoftmax {
-        scores,
-        visible,
-        width,
-        state,
-    });
+/// What the queries of a tile see of its keys.
+#[derive(Clone, Copy)]
+pub(super) struct Sight<'a> {
+    mask: Mask,
+    queries: &'a Rows,
+    keys: &'a Rows,
+    /// Keys that the last query sees, the most of all. The others need not be computed.
+    pub(super) seen: usize,
+    /// Keys that the first query sees, and so all do.
+    seen_by_all: usize,
 }
 
-struct OnlineSoftmax<'a> {
-    scores: &'a mut Tile,
-    visible: &'a [usize],
-    width: usize,
-    state: &'a mut RowState,
-}
-
-impl WithSimd for OnlineSoftmax<'_> {
-    type Output = ();
-
+impl<'a> Sight<'a> {
+    /// `None` if no query sees a key.
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let Self {
-            scores,
-            visible,
-            width,
-            state,
-        } = self;
-        let mut sums = [0.0; QUERY_TILE];
-        // The exponents are collected and taken to the power all at once.
-        state.correction.fill(0.0);
-        for (i, (row, &visible)) in scores.rows_mut().zip(visible).enumerate() {
-            let row = &mut row[..width];
-            if visible == 0 {
-                row.fill(0.0);
-                continue;
-            }
-            row[visible..].fill(f32::NEG_INFINITY);
-            let max = state.max[i].max(largest(simd, row));
-            state.correction[i] = state.max[i] - max;
-            state.max[i] = max;
-            sums[i] = exponentiate(simd, row, max);
+    pub(super) fn new(mask: Mask, queries: &'a Rows, keys: &'a Rows) -> Option<Self> {
+        let last = queries.count.checked_sub(1)?;
+        let seen = visible(mask, queries.position(last), keys);
+        (seen > 0).then(|| Self {
+            mask,
+            queries,
+            keys,
+            seen,
+            seen_by_all: visible(mask, queries.position(0), keys),
+        })
+    }
+
+    /// Queries of the tile.
+    pub(super) fn queries(&self) -> usize {
+        self.queries.count
+    }
+
+    /// The first lane that sees `key`; 0 if all do.
+    #[inline(always)]
+    fn first_lane(&self, key: usize) -> f32 {
+        if key < self.seen_by_all {
+            return 0.0;
         }
-        for x in S::as_mut_simd_f32s(&mut state.correction).0 {
-            *x = exp(simd, *x);
-        }
-        for (i, sum) in sums.iter().enumerate() {
-            state.denominator[i] = state.denominator[i] * state.correction[i] + sum;
-        }
+        first_seeing(self.mask, self.keys.position(key), self.queries) as f32
     }
 }
 
-/// The largest element of whole vectors.
-#[inline(always)]
-fn largest<S: Simd>(simd: S, row: &[f32]) -> f32 {
-    let mut max = simd.splat_f32s(f32::NEG_INFINITY);
-    for &x in S::as_simd_f32s(row).0 {
-        max = simd.max_f32s(max, x);
-    }
-    simd.reduce_max_f32s(max)
+/// Running maximum and denominator of the queries of a tile, one lane each, and what a step does to them.
+pub(super) struct RowState<'a> {
+    /// `m = max S` over the keys seen so far, to base 2.
+    pub(super) max: &'a mut [f32],
+    /// `sum 2^(S - m)`
+    pub(super) denominator: &'a mut [f32],
+    /// `2^(m_old - m_new)`, by which everything summed so far must be multiplied.
+    pub(super) correction: &'a mut [f32],
 }
 
-/// `x = exp(x - shift)`; returns the sum.
-#[inline(always)]
-fn exponentiate<S: Simd>(simd: S, row: &mut [f32], shift: f32) -> f32 {
-    let shift = simd.splat_f32s(shift);
-    let mut sum = simd.splat_f32s(0.0);
-    for x in S::as_mut_simd_f32s(row).0 {
-        *x = exp(simd, simd.sub_f32s(*x, shift));
-        sum = simd.add_f32s(sum, *x);
-    }
-    simd.reduce_sum_f32s(sum)
-}
-
-/// `row = row * factor + term`: an output row takes up what a tile adds to it.
-pub(super) fn scale_and_add(arch: Arch, row: &mut [f32], factor: f32, term: &[f32]) {
-    arch.dispatch(
-        #[inline(always)]
-        || {
-            for (x, term) in row.iter_mut().zip(term) {
-                *x = *x * factor + term;
-            }
-        },
-    );
-}
-
-/// Turns scores `S` into weights `P = exp(S - L)` and `dP = dO V^T` into `dS = P * (dP - Delta)`.
+/// Turns products of queries and keys into weights `2^(factor S - m_new)` and updates the state of the queries.
 ///
-/// `L` is the log-sum-exp of the row over all its keys, on all ranks. Rows with `L = -inf` have no keys: `P = dS = 0`.
-pub(super) fn softmax_gradient(
-    arch: Arch,
-    scores: &mut Tile,
-    grad_scores: &mut Tile,
-    width: usize,
-    rows: &[GradientRow],
+/// `factor` is not negative. A query that sees no key here keeps its state (`-inf - -inf` is never formed), and its weights
+/// are 0. NaN among the scores of a query makes its denominator NaN.
+#[inline(always)]
+pub(super) fn online_softmax<S: Vectors, F: Format<S>>(
+    simd: S,
+    format: F,
+    scores: &mut [f32],
+    sight: &Sight<'_>,
+    factor: f32,
+    state: &mut RowState<'_>,
 ) {
-    arch.dispatch(SoftmaxGradient {
+    let vectors = sight.queries.count.div_ceil(S::F32_LANES);
+    let mut vector = 0;
+    let mut step = OnlineSoftmax {
+        simd,
+        format,
         scores,
-        grad_scores,
-        width,
+        sight,
+        factor,
+    };
+    while vector + VECTORS <= vectors {
+        step.vectors::<VECTORS>(vector * S::F32_LANES, state);
+        vector += VECTORS;
+    }
+    while vector < vectors {
+        step.vectors::<1>(vector * S::F32_LANES, state);
+        vector += 1;
+    }
+}
+
+struct OnlineSoftmax<'a, S, F> {
+    simd: S,
+    format: F,
+    scores: &'a mut [f32],
+    sight: &'a Sight<'a>,
+    factor: f32,
+}
+
+impl<S: Vectors, F: Format<S>> OnlineSoftmax<'_, S, F> {
+    /// The queries of `N` vectors from `lane` on.
+    #[inline(always)]
+    fn vectors<const N: usize>(&mut self, lane: usize, state: &mut RowState<'_>) {
+        let simd = self.simd;
+        let factor = simd.splat_f32s(self.factor);
+        let old: [_; N] = load::<S, N>(state.max, lane);
+        let largest = self.largest::<N>(lane);
+        let lowest = simd.splat_f32s(f32::NEG_INFINITY);
+        let max: [_; N] = each!(simd, |j| simd
+            .max_f32s(old[j], simd.mul_f32s(largest[j], factor)));
+        // What a query that has seen nothing is compared with does not matter, as long as it is not -inf.
+        let nothing = simd.splat_f32s(0.0);
+        let shift = each!(simd, |j| simd.select_f32s(
+            simd.equal_f32s(max[j], lowest),
+            nothing,
+            max[j]
+        ));
+        let correction: [_; N] = each!(simd, |j| simd.exp2(simd.sub_f32s(old[j], shift[j])));
+        let sums = self.weights(lane, factor, shift);
+        let before: [_; N] = load::<S, N>(state.denominator, lane);
+        store::<S, N>(
+            state.denominator,
+            lane,
+            each!(simd, |j| simd.mul_add_e_f32s(
+                before[j],
+                correction[j],
+                sums[j]
+            )),
+        );
+        store::<S, N>(state.max, lane, max);
+        store::<S, N>(state.correction, lane, correction);
+    }
+
+    /// The largest scores; those that are not seen become `-inf`.
+    #[inline(always)]
+    fn largest<const N: usize>(&mut self, lane: usize) -> [S::f32s; N] {
+        let simd = self.simd;
+        let lowest = simd.splat_f32s(f32::NEG_INFINITY);
+        let mut largest = [lowest; N];
+        for key in 0..self.sight.seen_by_all {
+            let row: [_; N] = load::<S, N>(self.scores, key * QUERY_TILE + lane);
+            largest = each!(simd, |j| simd.max_f32s(largest[j], row[j]));
+        }
+        let lanes: [_; N] = load::<S, N>(&LANES, lane);
+        for key in self.sight.seen_by_all..self.sight.seen {
+            let at = key * QUERY_TILE + lane;
+            let row: [_; N] = load::<S, N>(self.scores, at);
+            let first = simd.splat_f32s(self.sight.first_lane(key));
+            let row: [_; N] = each!(simd, |j| {
+                simd.select_f32s(simd.less_than_f32s(lanes[j], first), lowest, row[j])
+            });
+            store::<S, N>(self.scores, at, row);
+            largest = each!(simd, |j| simd.max_f32s(largest[j], row[j]));
+        }
+        largest
+    }
+
+    /// The weights, and their sums.
+    #[inline(always)]
+    fn weights<const N: usize>(
+        &mut self,
+        lane: usize,
+        factor: S::f32s,
+        shift: [S::f32s; N],
+    ) -> [S::f32s; N] {
+        let simd = self.simd;
+        let minus_shift: [_; N] = each!(simd, |j| simd.neg_f32s(shift[j]));
+        let mut sums = [simd.splat_f32s(0.0); N];
+        for key in (0..self.sight.seen).step_by(F::DEPTH) {
+            let mut weights = [[simd.splat_f32s(0.0); N]; 2];
+            let rows = F::DEPTH.min(self.sight.seen - key);
+            for (i, weights) in weights.iter_mut().enumerate().take(rows) {
+                let row: [_; N] = load::<S, N>(self.scores, (key + i) * QUERY_TILE + lane);
+                for j in 0..N {
+                    let exponent = simd.mul_add_e_f32s(row[j], factor, minus_shift[j]);
+                    weights[j] = simd.exp2(exponent);
+                    sums[j] = simd.add_f32s(sums[j], weights[j]);
+                }
+            }
+            let words = match F::DEPTH {
+                1 => weights[0],
+                _ => each!(simd, |j| self.format.pair(
+                    simd,
+                    weights[0][j],
+                    weights[1][j]
+                )),
+            };
+            store::<S, N>(self.scores, key / F::DEPTH * QUERY_TILE + lane, words);
+        }
+        sums
+    }
+}
+
+/// What the derivative of softmax needs of the queries of a tile, one lane each.
+pub(super) struct GradientRows<'a> {
+    /// Log-sum-exp over all keys, to base 2; `inf` where nothing is visible, so that all weights become 0.
+    pub(super) log_sum_exp: &'a [f32],
+    /// `scale Delta`
+    pub(super) delta: &'a [f32],
+}
+
+/// The factors of the scores and of their gradients.
+#[derive(Clone, Copy)]
+pub(super) struct Factors {
+    /// `scale log2 e`
+    pub(super) score: f32,
+    /// `scale output_scale`
+    pub(super) gradient: f32,
+}
+
+/// A tile of scores and of their gradients; rows are [`QUERY_TILE`] words apart.
+pub(super) struct GradientTile<'a> {
+    /// `Q K^T`; becomes `P`, words of neighbouring queries.
+    pub(super) scores: &'a mut [f32],
+    /// `dO V^T`; becomes `scale dS`, words of neighbouring queries.
+    pub(super) gradients: &'a mut [f32],
+    /// Becomes `scale dS`, words of neighbouring keys. Only if a word holds several numbers.
+    pub(super) by_keys: &'a mut [f32],
+}
+
+/// `P = 2^(factor S - L)`, `scale dS = P (scale output_scale dP - scale Delta)`.
+#[inline(always)]
+pub(super) fn softmax_gradient<S: Vectors, F: Format<S>>(
+    simd: S,
+    format: F,
+    tile: GradientTile<'_>,
+    sight: &Sight<'_>,
+    factors: Factors,
+    rows: &GradientRows<'_>,
+) {
+    let vectors = sight.queries.count.div_ceil(S::F32_LANES);
+    let mut vector = 0;
+    let mut step = SoftmaxGradient {
+        simd,
+        format,
+        tile,
+        sight,
+        factors,
         rows,
-    });
+    };
+    while vector + VECTORS <= vectors {
+        step.vectors::<VECTORS>(vector * S::F32_LANES);
+        vector += VECTORS;
+    }
+    while vector + 2 <= vectors {
+        step.vectors::<2>(vector * S::F32_LANES);
+        vector += 2;
+    }
+    while vector < vectors {
+        step.vectors::<1>(vector * S::F32_LANES);
+        vector += 1;
+    }
 }
 
-/// What the backward pass knows of a query row.
-pub(super) struct GradientRow {
-    /// Keys of the tile that the query sees.
-    pub(super) visible: usize,
-    /// `L`
-    pub(super) log_sum_exp: f32,
-    /// `Delta = dO . O - dL`
-    pub(super) delta: f32,
+struct SoftmaxGradient<'a, S, F> {
+    simd: S,
+    format: F,
+    tile: GradientTile<'a>,
+    sight: &'a Sight<'a>,
+    factors: Factors,
+    rows: &'a GradientRows<'a>,
 }
 
-struct SoftmaxGradient<'a> {
-    scores: &'a mut Tile,
-    grad_scores: &'a mut Tile,
-    width: usize,
-    rows: &'a [GradientRow],
-}
-
-impl WithSimd for SoftmaxGradient<'_> {
-    type Output = ();
-
+impl<S: Vectors, F: Format<S>> SoftmaxGradient<'_, S, F> {
+    /// The queries of `N` vectors from `lane` on.
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let tiles = self.scores.rows_mut().zip(self.grad_scores.rows_mut());
-        for ((p, ds), row) in tiles.zip(self.rows) {
-            let (p, ds) = (&mut p[..self.width], &mut ds[..self.width]);
-            if row.log_sum_exp == f32::NEG_INFINITY {
-                p.fill(0.0);
-                ds.fill(0.0);
-                continue;
+    fn vectors<const N: usize>(&mut self, lane: usize) {
+        let simd = self.simd;
+        let zero = [simd.splat_f32s(0.0); N];
+        for key in (0..self.sight.seen).step_by(F::DEPTH) {
+            let mut gradients = [zero; 2];
+            let rows = F::DEPTH.min(self.sight.seen - key);
+            for (i, gradients) in gradients.iter_mut().enumerate().take(rows) {
+                *gradients = self.row::<N>(key + i, lane);
             }
-            p[row.visible..].fill(f32::NEG_INFINITY);
-            let log_sum_exp = simd.splat_f32s(row.log_sum_exp);
-            let delta = simd.splat_f32s(row.delta);
-            let vectors = S::as_mut_simd_f32s(p)
-                .0
-                .iter_mut()
-                .zip(S::as_mut_simd_f32s(ds).0);
-            for (p, ds) in vectors {
-                *p = exp(simd, simd.sub_f32s(*p, log_sum_exp));
-                *ds = simd.mul_f32s(*p, simd.sub_f32s(*ds, delta));
+            if F::DEPTH > 1 {
+                let words = each!(simd, |j| {
+                    self.format.pair(simd, gradients[0][j], gradients[1][j])
+                });
+                let at = key / F::DEPTH * QUERY_TILE + lane;
+                store::<S, N>(self.tile.by_keys, at, words);
             }
         }
+    }
+
+    /// One key; returns the gradients of its scores.
+    #[inline(always)]
+    fn row<const N: usize>(&mut self, key: usize, lane: usize) -> [S::f32s; N] {
+        let simd = self.simd;
+        let start = key * QUERY_TILE;
+        let score_factor = simd.splat_f32s(self.factors.score);
+        let gradient_factor = simd.splat_f32s(self.factors.gradient);
+        let log_sum_exp: [_; N] = load::<S, N>(self.rows.log_sum_exp, lane);
+        let delta: [_; N] = load::<S, N>(self.rows.delta, lane);
+        let scores: [_; N] = load::<S, N>(self.tile.scores, start + lane);
+        let gradients: [_; N] = load::<S, N>(self.tile.gradients, start + lane);
+
+        let mut exponents: [_; N] = each!(simd, |j| {
+            simd.mul_add_e_f32s(scores[j], score_factor, simd.neg_f32s(log_sum_exp[j]))
+        });
+        if key >= self.sight.seen_by_all {
+            let first = simd.splat_f32s(self.sight.first_lane(key));
+            let lanes: [_; N] = load::<S, N>(&LANES, lane);
+            let lowest = simd.splat_f32s(f32::NEG_INFINITY);
+            exponents = each!(simd, |j| {
+                simd.select_f32s(simd.less_than_f32s(lanes[j], first), lowest, exponents[j])
+            });
+        }
+        let weights: [_; N] = each!(simd, |j| simd.exp2(exponents[j]));
+        let gradients: [_; N] = each!(simd, |j| {
+            let difference =
+                simd.mul_add_e_f32s(gradients[j], gradient_factor, simd.neg_f32s(delta[j]));
+            simd.mul_f32s(weights[j], difference)
+        });
+        self.store_row(self.format, start, lane, weights, gradients);
+        gradients
+    }
+
+    /// Words of neighbouring queries take the place of numbers that have been read.
+    #[inline(always)]
+    fn store_row<const N: usize>(
+        &mut self,
+        format: F,
+        start: usize,
+        lane: usize,
+        weights: [S::f32s; N],
+        gradients: [S::f32s; N],
+    ) {
+        let simd = self.simd;
+        let GradientTile {
+            scores,
+            gradients: grad_scores,
+            ..
+        } = &mut self.tile;
+        if F::DEPTH == 1 {
+            store::<S, N>(scores, start + lane, weights);
+            store::<S, N>(grad_scores, start + lane, gradients);
+            return;
+        }
+        let word = start + lane / F::DEPTH;
+        for j in (0..N).step_by(2) {
+            let at = word + j / 2 * S::F32_LANES;
+            let neighbour = |row: &[S::f32s; N]| match row.get(j + 1) {
+                Some(&next) => next,
+                None => simd.splat_f32s(0.0),
+            };
+            let weights = format.join(simd, weights[j], neighbour(&weights));
+            store::<S, 1>(scores, at, [weights]);
+            let gradients = format.join(simd, gradients[j], neighbour(&gradients));
+            store::<S, 1>(grad_scores, at, [gradients]);
+        }
+    }
+}
+
+#[inline(always)]
+fn load<S: Vectors, const N: usize>(numbers: &[f32], start: usize) -> [S::f32s; N] {
+    let vectors = S::as_simd_f32s(&numbers[start..start + N * S::F32_LANES]).0;
+    let mut values = [vectors[0]; N];
+    for j in 0..N {
+        values[j] = vectors[j];
+    }
+    values
+}
+
+#[inline(always)]
+fn store<S: Vectors, const N: usize>(numbers: &mut [f32], start: usize, values: [S::f32s; N]) {
+    let vectors = S::as_mut_simd_f32s(&mut numbers[start..start + N * S::F32_LANES]).0;
+    for j in 0..N {
+        vectors[j] = values[j];
     }
 }

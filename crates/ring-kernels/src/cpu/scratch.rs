@@ -1,0 +1,180 @@
+//! Tiles and the memory they are computed in.
+
+use std::mem;
+use std::sync::{Mutex, PoisonError};
+
+use ring_comm::buffer::{HostBuffer, HostView};
+
+use super::format::Format;
+use super::format::Vectors;
+use crate::{KernelError, RowLayout, Tensor};
+
+/// Query rows of a tile: whole vectors of every length.
+pub(super) const QUERY_TILE: usize = 64;
+/// Key rows of a tile. With head size 64, scores and values of a tile take 32 KiB each: they stay in the caches nearby.
+pub(super) const KEY_TILE: usize = 128;
+/// Rows of scratch matrices are as wide as a multiple of this: the widest panel.
+const WIDTH: usize = 32;
+/// Scratch matrices start on cache lines.
+const LINE: usize = 16;
+
+/// `head_dim`, rounded up to whole panels.
+pub(super) const fn padded(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(WIDTH)
+}
+
+/// Query rows of a band: those that are packed together and used with all keys. More of them pack keys less often; but they,
+/// what is summed for them, and the tiles have to stay in the second-level cache.
+pub(super) const fn band(head_dim: usize) -> usize {
+    const LEAST: usize = QUERY_TILE;
+    const MOST: usize = 4 * QUERY_TILE;
+    let rows = MOST * QUERY_TILE / padded(head_dim) / QUERY_TILE * QUERY_TILE;
+    if rows < LEAST {
+        LEAST
+    } else if rows > MOST {
+        MOST
+    } else {
+        rows
+    }
+}
+
+/// A [`Tensor`] of host memory; unlike that one it may stand in for a tensor of a shorter lifetime.
+#[derive(Clone, Copy)]
+pub(super) struct HostTensor<'a> {
+    pub(super) data: HostView<'a>,
+    pub(super) layout: &'a RowLayout,
+}
+
+impl<'a> From<Tensor<'a, HostBuffer>> for HostTensor<'a> {
+    fn from(Tensor { data, layout }: Tensor<'a, HostBuffer>) -> Self {
+        Self { data, layout }
+    }
+}
+
+/// Row lengths of scratch matrices.
+#[derive(Clone, Copy)]
+pub(super) struct Strides {
+    /// Numbers of a row, padding included.
+    pub(super) numbers: usize,
+    /// Words of a row of numbers.
+    pub(super) words: usize,
+    /// Words of a row that are not padding: the depth of a product along the head size.
+    pub(super) depth: usize,
+}
+
+impl Strides {
+    pub(super) fn new<S: Vectors, F: Format<S>>(head_dim: usize) -> Self {
+        Self {
+            numbers: padded(head_dim),
+            words: padded(head_dim) / F::DEPTH,
+            depth: head_dim.div_ceil(F::DEPTH),
+        }
+    }
+}
+
+/// Scratch memory that outlives the calls: a thread borrows a piece for a call and gives it back.
+#[derive(Debug, Default)]
+pub(super) struct Pool(Mutex<Vec<Vec<f32>>>);
+
+impl Pool {
+    /// Memory of at least `len` words, contents arbitrary.
+    pub(super) fn borrow(&self, len: usize) -> Result<Scratch<'_>, KernelError> {
+        let mut memory = self.pieces().pop().unwrap_or_default();
+        let needed = len + LINE;
+        if memory.len() < needed {
+            memory.clear();
+            memory
+                .try_reserve_exact(needed)
+                .map_err(|_| KernelError::Allocation { bytes: bytes(len) })?;
+            memory.resize(needed, 0.0);
+        }
+        Ok(Scratch { memory, pool: self })
+    }
+
+    fn pieces(&self) -> std::sync::MutexGuard<'_, Vec<Vec<f32>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Bytes that [`Pool::borrow`] allocates for `len` words.
+pub(super) const fn bytes(len: usize) -> usize {
+    (len + LINE) * size_of::<f32>()
+}
+
+/// Borrowed memory; goes back to its pool.
+pub(super) struct Scratch<'a> {
+    memory: Vec<f32>,
+    pool: &'a Pool,
+}
+
+impl Scratch<'_> {
+    /// Bytes that were really allocated.
+    #[cfg(test)]
+    pub(super) fn allocated(&self) -> usize {
+        self.memory.capacity() * size_of::<f32>()
+    }
+
+    /// All of it, to be cut into matrices.
+    pub(super) fn cut(&mut self) -> Cut<'_> {
+        // `align_offset` may give up and return `usize::MAX`; memory that is not aligned is only slower.
+        let start = self
+            .memory
+            .as_ptr()
+            .align_offset(LINE * size_of::<f32>())
+            .min(LINE);
+        Cut(&mut self.memory[start..])
+    }
+}
+
+impl Drop for Scratch<'_> {
+    fn drop(&mut self) {
+        self.pool.pieces().push(mem::take(&mut self.memory));
+    }
+}
+
+/// Memory that is cut into matrices, from front to back.
+pub(super) struct Cut<'a>(&'a mut [f32]);
+
+impl<'a> Cut<'a> {
+    /// The next `len` words; `len` is a multiple of 16, so that all matrices start on cache lines.
+    pub(super) fn next(&mut self, len: usize) -> &'a mut [f32] {
+        debug_assert_eq!(len % LINE, 0);
+        let (piece, rest) = mem::take(&mut self.0).split_at_mut(len);
+        self.0 = rest;
+        piece
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_reused_aligned_and_grows() {
+        let pool = Pool::default();
+        let mut scratch = pool.borrow(64).unwrap();
+        let mut cut = scratch.cut();
+        let (first, second) = (cut.next(32), cut.next(32));
+        assert_eq!(first.as_ptr().align_offset(64), 0);
+        assert_eq!(second.as_ptr().align_offset(64), 0);
+        drop(scratch);
+        let address = |pool: &Pool, len| pool.borrow(len).unwrap().memory.as_ptr().addr();
+        let before = address(&pool, 64);
+        assert_eq!(address(&pool, 16), before);
+        assert_eq!(pool.pieces().len(), 1);
+        assert!(pool.borrow(1 << 16).unwrap().cut().0.len() >= 1 << 16);
+        assert_eq!(pool.pieces().len(), 1);
+        assert!(matches!(
+            pool.borrow(1 << 60),
+            Err(KernelError::Allocation { .. })
+        ));
+    }
+
+    #[test]
+    fn bands_are_whole_tiles() {
+        assert_eq!(
+            [32, 64, 96, 128, 256, 1000].map(band),
+            [256, 256, 128, 128, 64, 64]
+        );
+    }
+}
