@@ -21,7 +21,9 @@ use super::product::{DepthMajor, Old, Out, Panels, RowMajor, Size, multiply};
 use super::rows::{blocks_of, most_visible, pieces, tiles, within};
 use super::scratch::{Cut, HostTensor, KEY_TILE, QUERY_TILE, Strides, band, padded};
 use super::softmax::{Factors, GradientRows, GradientTile, Sight, softmax_gradient};
-use crate::{BackwardInputs, HeadBlocks, KernelError, KeyValue, KeyValueGradient, Problem, Rows};
+use crate::{
+    BackwardInputs, HeadBlocks, KernelError, KeyValue, KeyValueGradient, Problem, RowLayout, Rows,
+};
 
 /// Adds the gradients of `blocks`; see [`Kernels::backward`](crate::Kernels::backward).
 #[allow(clippy::too_many_arguments)]
@@ -41,8 +43,8 @@ pub(super) fn backward(
     check::query_tensor("query", query, problem)?;
     check::dtype("grad_output", inputs.grad_output.data.dtype(), dtype)?;
     check::query_tensor("grad_output", grad_output, problem)?;
-    let key_rows = check::blocks(problem, blocks)?;
-    let (key, value) = check::key_value(problem, key_value, dtype, &key_rows)?;
+    check::blocks(problem, blocks)?;
+    let (key, value) = check::key_value(problem, key_value, dtype, blocks)?;
     let pass = Backward {
         problem,
         query,
@@ -54,10 +56,16 @@ pub(super) fn backward(
         blocks,
         output_scale,
     };
-    pass.run_all(
-        workers,
-        Gradients::new(problem, grad_query, grad_key_value, &key_rows)?,
-    )
+    let own;
+    let layout = match &grad_key_value {
+        KeyValueGradient::Slot { layout, .. } => *layout,
+        KeyValueGradient::Own { .. } => {
+            own = RowLayout::contiguous(problem.kv_heads, problem.keys, problem.head_dim);
+            &own
+        }
+    };
+    let gradients = Gradients::new(problem, blocks, grad_query, grad_key_value, layout)?;
+    pass.run_all(workers, gradients)
 }
 
 /// Words of the matrices of one thread, for every format.
@@ -141,28 +149,30 @@ struct Backward<'a> {
 
 impl Backward<'_> {
     fn run_all(&self, workers: &Workers, gradients: Gradients<'_>) -> Result<(), KernelError> {
-        let bf16 = self.query.data.dtype() == DType::BF16;
-        let run = |tasks| {
-            workers.run(
-                tasks,
-                scratch_words(self.problem.head_dim),
-                |scratch, task| {
-                    let task = TaskWork {
-                        pass: self,
-                        scratch,
-                        task,
-                    };
-                    workers.instruction_set.run(bf16, task);
-                },
-            )
-        };
         let (heads, threads) = (gradients.heads(), workers.threads.count());
         if heads >= threads {
-            return run(gradients.by_head());
+            return self.run(workers, gradients.by_head());
         }
         let (by_query_range, by_key_range) = gradients.by_range(pieces(heads, threads));
-        run(by_query_range)?;
-        run(by_key_range)
+        self.run(workers, by_query_range)?;
+        self.run(workers, by_key_range)
+    }
+
+    fn run<'t>(
+        &self,
+        workers: &Workers,
+        tasks: impl Iterator<Item = Task<'t>> + Send,
+    ) -> Result<(), KernelError> {
+        let bf16 = self.query.data.dtype() == DType::BF16;
+        let words = scratch_words(self.problem.head_dim);
+        workers.run(tasks, words, |scratch, task| {
+            let task = TaskWork {
+                pass: self,
+                scratch,
+                task,
+            };
+            workers.instruction_set.run(bf16, task);
+        })
     }
 }
 
@@ -192,7 +202,7 @@ impl Work for TaskWork<'_, '_, '_> {
         for block in blocks_of(pass.blocks, task.kv_head) {
             let keys = within(&block.keys, &task.key_rows);
             let queries = within(&block.queries, &task.query_rows);
-            for member in 0..problem.group_size() {
+            for member in task.members.clone() {
                 for queries in tiles(queries, band(problem.head_dim)) {
                     bands.band(&mut task, member, &queries, &keys);
                 }
@@ -230,8 +240,8 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
         if let Some(gradient) = &mut task.grad_query {
             let sums = self.scratch.grad_query.chunks_exact(self.strides.numbers);
             for (i, sum) in sums.take(queries.count).enumerate() {
-                let row = gradient[member].row_mut(queries.row(i), self.pass.problem.head_dim);
-                add_scaled(row, 1.0, sum);
+                let row = member * self.pass.problem.queries + queries.row(i);
+                add_scaled(gradient.row_mut(row, self.pass.problem.head_dim), 1.0, sum);
             }
         }
     }

@@ -4,7 +4,7 @@ use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
 
 use super::rows::blocks_of;
 use super::scratch::HostTensor;
-use crate::{HeadBlocks, KernelError, KeyValue, PackedRows, Problem, RowLayout, Rows};
+use crate::{HeadBlocks, HeadRows, KernelError, KeyValue, PackedRows, Problem, RowLayout, Rows};
 
 /// The sizes of a problem, known not to overflow.
 pub(super) struct Sizes {
@@ -111,18 +111,18 @@ pub(super) fn f32s_mut<'a>(
     }
 }
 
-/// Elements that a layout spans for the given number of rows of every head.
+/// Elements that a layout spans for `rows(h)` rows of every head `h` of `heads`.
 fn span(
     layout: &RowLayout,
     batch: usize,
-    rows: &[usize],
+    heads: usize,
+    rows: impl Fn(usize) -> usize,
     head_dim: usize,
 ) -> Result<usize, KernelError> {
-    if layout.head_base.len() < rows.len() {
+    if layout.head_base.len() < heads {
         return invalid(format!(
-            "the layout places {} heads, {} are needed",
+            "the layout places {} heads, {heads} are needed",
             layout.head_base.len(),
-            rows.len()
         ));
     }
     let end = |base: usize, rows: usize| {
@@ -134,7 +134,8 @@ fn span(
             .checked_add(head_dim)
     };
     let mut span = 0;
-    for (&base, &rows) in layout.head_base.iter().zip(rows) {
+    for (head, &base) in layout.head_base.iter().enumerate().take(heads) {
+        let rows = rows(head);
         if batch > 0 && rows > 0 {
             let Some(end) = end(base, rows) else {
                 return invalid(format!("the layout {layout:?} overflows"));
@@ -145,14 +146,15 @@ fn span(
     Ok(span)
 }
 
-/// Checks that a tensor holds `rows[h]` rows of every head `h`.
-pub(super) fn tensor(
+/// Checks that a tensor holds `rows(h)` rows of every head `h` of `heads`.
+fn tensor(
     what: &'static str,
     tensor: HostTensor<'_>,
     problem: &Problem,
-    rows: &[usize],
+    heads: usize,
+    rows: impl Fn(usize) -> usize,
 ) -> Result<(), KernelError> {
-    let span = span(tensor.layout, problem.batch, rows, problem.head_dim)?;
+    let span = span(tensor.layout, problem.batch, heads, rows, problem.head_dim)?;
     size(what, tensor.data.len(), span)
 }
 
@@ -162,12 +164,7 @@ pub(super) fn query_tensor(
     of: HostTensor<'_>,
     problem: &Problem,
 ) -> Result<(), KernelError> {
-    tensor(
-        what,
-        of,
-        problem,
-        &vec![problem.queries; problem.query_heads],
-    )
+    tensor(what, of, problem, problem.query_heads, |_| problem.queries)
 }
 
 /// Checks a tensor of the problem's own keys or values.
@@ -176,14 +173,15 @@ pub(super) fn key_tensor(
     of: HostTensor<'_>,
     problem: &Problem,
 ) -> Result<(), KernelError> {
-    tensor(what, of, problem, &vec![problem.keys; problem.kv_heads])
+    tensor(what, of, problem, problem.kv_heads, |_| problem.keys)
 }
 
-/// Checks that the gradients of `rows[h]` rows of every head fit into `len` elements, and that rows do not overlap.
+/// Checks that the gradients of the rows that `blocks` need fit into `len` elements, and that they follow one another there
+/// without overlap, by batch entry and head.
 pub(super) fn gradient_layout(
     problem: &Problem,
     layout: &RowLayout,
-    rows: &[usize],
+    blocks: &[HeadBlocks],
     len: usize,
 ) -> Result<(), KernelError> {
     if layout.row_stride < problem.head_dim {
@@ -192,11 +190,31 @@ pub(super) fn gradient_layout(
             problem.head_dim, layout.row_stride
         ));
     }
+    let rows = |head| key_rows(blocks, head);
     size(
         "gradient",
         len,
-        span(layout, problem.batch, rows, problem.head_dim)?,
-    )
+        span(
+            layout,
+            problem.batch,
+            problem.kv_heads,
+            rows,
+            problem.head_dim,
+        )?,
+    )?;
+    let mut taken = 0;
+    for batch in 0..problem.batch {
+        for head in (0..problem.kv_heads).filter(|&head| rows(head) > 0) {
+            let start = layout.offset(batch, head, 0);
+            if start < taken {
+                return invalid(format!(
+                    "gradients of head {head} of batch entry {batch} start at element {start}, but those of another head end at {taken}: they overlap, or heads are not in order"
+                ));
+            }
+            taken = layout.offset(batch, head, rows(head) - 1) + problem.head_dim;
+        }
+    }
+    Ok(())
 }
 
 /// One more than the last row; 0 for no rows.
@@ -241,8 +259,8 @@ fn heads(listed: &[usize], kv_heads: usize) -> Result<(), KernelError> {
     }
 }
 
-/// Checks the blocks; returns for every key/value head how many rows its key source must have.
-pub(super) fn blocks(problem: &Problem, blocks: &[HeadBlocks]) -> Result<Vec<usize>, KernelError> {
+/// Checks the blocks.
+pub(super) fn blocks(problem: &Problem, blocks: &[HeadBlocks]) -> Result<(), KernelError> {
     for entry in blocks {
         heads(&entry.kv_heads, problem.kv_heads)?;
         for block in &entry.blocks {
@@ -254,25 +272,34 @@ pub(super) fn blocks(problem: &Problem, blocks: &[HeadBlocks]) -> Result<Vec<usi
             end("keys", &block.keys)?;
         }
     }
-    (0..problem.kv_heads)
-        .map(|head| {
-            blocks_of(blocks, head)
-                .try_fold(0, |rows, block| Ok(rows.max(end("keys", &block.keys)?)))
-        })
-        .collect()
+    Ok(())
 }
 
-/// Checks the key/value source of blocks that need `rows[h]` rows of head `h`; returns its keys and its values.
+/// Rows that the key source of checked `blocks` must have for a head.
+pub(super) fn key_rows(blocks: &[HeadBlocks], head: usize) -> usize {
+    let end = |rows: &Rows| {
+        rows.count
+            .checked_sub(1)
+            .map_or(0, |last| rows.row(last) + 1)
+    };
+    blocks_of(blocks, head)
+        .map(|block| end(&block.keys))
+        .max()
+        .unwrap_or(0)
+}
+
+/// Checks the key/value source of checked blocks; returns its keys and its values.
 pub(super) fn key_value<'a>(
     problem: &Problem,
     key_value: &KeyValue<'a, HostBuffer>,
     expected: DType,
-    rows: &[usize],
+    blocks: &[HeadBlocks],
 ) -> Result<(HostTensor<'a>, HostTensor<'a>), KernelError> {
+    let rows = |head| key_rows(blocks, head);
     let (key, value) = match *key_value {
         KeyValue::Own { key, value } => {
-            for &rows in rows {
-                inside("the keys of a block", rows, problem.keys)?;
+            for head in 0..problem.kv_heads {
+                inside("the keys of a block", rows(head), problem.keys)?;
             }
             (key.into(), value.into())
         }
@@ -289,7 +316,7 @@ pub(super) fn key_value<'a>(
     };
     for (what, part) in [("key", key), ("value", value)] {
         dtype(what, part.data.dtype(), expected)?;
-        tensor(what, part, problem, rows)?;
+        tensor(what, part, problem, problem.kv_heads, rows)?;
     }
     Ok((key, value))
 }
@@ -316,27 +343,27 @@ fn halves(view: HostView<'_>) -> (HostView<'_>, HostView<'_>) {
 
 /// Checks the rows of a message: that the owner has them, and that the message has room for them.
 pub(super) fn packed_rows(problem: &Problem, packed: &PackedRows) -> Result<(), KernelError> {
-    let mut counts = vec![0usize; problem.kv_heads];
     for entry in &packed.rows {
         heads(&entry.kv_heads, problem.kv_heads)?;
-        let mut count = 0usize;
         for run in &entry.runs {
             inside(
                 "the rows of a message",
                 end("rows of a message", run)?,
                 problem.keys,
             )?;
-            count = count.saturating_add(run.count);
-        }
-        for &head in &entry.kv_heads {
-            if counts[head] > 0 && count > 0 {
-                return invalid(format!(
-                    "key/value head {head} is listed twice in one message"
-                ));
-            }
-            counts[head] = counts[head].max(count);
         }
     }
-    let span = span(&packed.layout, problem.batch, &counts, problem.head_dim)?;
+    let of_head = |head| {
+        let entries = packed.rows.iter();
+        entries.filter(move |entry| entry.kv_heads.contains(&head) && entry.count() > 0)
+    };
+    if let Some(head) = (0..problem.kv_heads).find(|&head| of_head(head).count() > 1) {
+        return invalid(format!(
+            "key/value head {head} is listed twice in one message"
+        ));
+    }
+    let rows = |head| of_head(head).map(HeadRows::count).sum();
+    let heads = problem.kv_heads;
+    let span = span(&packed.layout, problem.batch, heads, rows, problem.head_dim)?;
     size("half a message", packed.len / 2, span)
 }

@@ -10,13 +10,13 @@ use std::ops::Range;
 use ring_comm::buffer::{DType, HostBuffer};
 
 use super::Workers;
-use super::carve::{RowsMut, carve};
 use super::check;
 use super::format::{Format, Vectors, copy};
 use super::instruction_set::Work;
 use super::panels::{read_rows, row_panels, transposed_panels};
 use super::product::{DepthMajor, Old, Out, Panels, RowMajor, Size, multiply};
-use super::rows::{blocks_of, most_visible, pieces, ranges, tiles, within};
+use super::rows::{blocks_of, most_visible, pieces, range_len, tiles, within};
+use super::rows_mut::RowsMut;
 use super::scratch::{Cut, HostTensor, KEY_TILE, QUERY_TILE, Strides, band, padded};
 use super::softmax::{RowState, Sight, online_softmax};
 use crate::{ForwardState, HeadBlocks, KernelError, KeyValue, Problem, Rows};
@@ -31,9 +31,9 @@ pub(super) fn forward(
     state: &mut ForwardState<HostBuffer>,
 ) -> Result<(), KernelError> {
     check::query_tensor("query", query, problem)?;
-    let key_rows = check::blocks(problem, blocks)?;
-    let (key, value) = check::key_value(problem, key_value, query.data.dtype(), &key_rows)?;
-    let tasks = tasks(problem, state, workers.threads.count())?;
+    check::blocks(problem, blocks)?;
+    let (key, value) = check::key_value(problem, key_value, query.data.dtype(), blocks)?;
+    let tasks = Tasks::new(problem, state, workers.threads.count())?;
     let pass = Forward {
         problem,
         query,
@@ -62,49 +62,73 @@ struct Task<'a> {
     denominator: &'a mut [f32],
 }
 
-fn tasks<'a>(
-    problem: &Problem,
-    state: &'a mut ForwardState<HostBuffer>,
-    threads: usize,
-) -> Result<Vec<Task<'a>>, KernelError> {
-    let sizes = check::problem(problem)?;
-    let output = check::f32s_mut("state.output", &mut state.output, sizes.query_elements)?;
-    let max = check::f32s_mut("state.max", &mut state.max, sizes.query_rows)?;
-    let denominator = check::f32s_mut(
-        "state.denominator",
-        &mut state.denominator,
-        sizes.query_rows,
-    )?;
+/// All tasks, cut from the state as they are asked for: no lists.
+struct Tasks<'a> {
+    problem: &'a Problem,
+    range_len: usize,
+    /// Of all heads and batch entries; the next one.
+    head: usize,
+    /// Its first row that is in no task yet.
+    row: usize,
+    output: &'a mut [f32],
+    max: &'a mut [f32],
+    denominator: &'a mut [f32],
+}
 
-    let heads = problem.batch * problem.query_heads;
-    let ranges = ranges(problem.queries, pieces(heads, threads));
-    let owned: Vec<_> = (0..heads)
-        .flat_map(|head| ranges.iter().map(move |rows| (head, rows)))
-        .collect();
-    let spans = |unit: usize| {
-        owned.iter().map(move |(head, rows)| {
-            let first = head * problem.queries;
-            (first + rows.start) * unit..(first + rows.end) * unit
+impl<'a> Tasks<'a> {
+    fn new(
+        problem: &'a Problem,
+        state: &'a mut ForwardState<HostBuffer>,
+        threads: usize,
+    ) -> Result<Self, KernelError> {
+        let sizes = check::problem(problem)?;
+        let rows = sizes.query_rows;
+        let pieces = pieces(problem.batch * problem.query_heads, threads);
+        Ok(Self {
+            problem,
+            range_len: range_len(problem.queries, pieces),
+            head: 0,
+            row: 0,
+            output: check::f32s_mut("state.output", &mut state.output, sizes.query_elements)?,
+            max: check::f32s_mut("state.max", &mut state.max, rows)?,
+            denominator: check::f32s_mut("state.denominator", &mut state.denominator, rows)?,
         })
-    };
-    let stride = problem.head_dim;
-    let outputs = carve("state.output", output, spans(stride))?;
-    let maxima = carve("state.max", max, spans(1))?;
-    let denominators = carve("state.denominator", denominator, spans(1))?;
-    let state = outputs.into_iter().zip(maxima).zip(denominators);
-    let task = |(&(head, rows), ((data, max), denominator)): (&(usize, &Range<usize>), _)| Task {
-        batch: head / problem.query_heads,
-        query_head: head % problem.query_heads,
-        rows: rows.clone(),
-        output: RowsMut {
-            data,
-            first_row: rows.start,
-            stride,
-        },
-        max,
-        denominator,
-    };
-    Ok(owned.iter().zip(state).map(task).collect())
+    }
+}
+
+impl<'a> Iterator for Tasks<'a> {
+    type Item = Task<'a>;
+
+    fn next(&mut self) -> Option<Task<'a>> {
+        let Problem {
+            query_heads,
+            head_dim,
+            queries,
+            ..
+        } = *self.problem;
+        let (head, rows) = (self.head, self.row..queries.min(self.row + self.range_len));
+        self.row = rows.end;
+        if rows.end == queries {
+            (self.head, self.row) = (head + 1, 0);
+        }
+        // The state ends with the last row of the last head.
+        let output = self.output.split_off_mut(..rows.len() * head_dim)?;
+        if output.is_empty() {
+            return None;
+        }
+        Some(Task {
+            batch: head / query_heads,
+            query_head: head % query_heads,
+            output: RowsMut {
+                data: output,
+                first_row: rows.start,
+                stride: head_dim,
+            },
+            max: self.max.split_off_mut(..rows.len())?,
+            denominator: self.denominator.split_off_mut(..rows.len())?,
+            rows,
+        })
+    }
 }
 
 /// Words of the matrices of one thread, for every format.

@@ -3,7 +3,6 @@
 mod backward;
 #[cfg(target_arch = "x86_64")]
 mod bf16_pairs;
-mod carve;
 mod check;
 mod exp2;
 mod format;
@@ -16,6 +15,7 @@ mod pack;
 mod panels;
 mod product;
 mod rows;
+mod rows_mut;
 mod scratch;
 mod softmax;
 mod threads;
@@ -119,7 +119,7 @@ impl Workers {
     /// Does every task once, with scratch memory of `words` words.
     fn run<T: Send>(
         &self,
-        tasks: Vec<T>,
+        tasks: impl Iterator<Item = T> + Send,
         words: usize,
         work: impl Fn(Cut<'_>, T) + Sync,
     ) -> Result<(), KernelError> {

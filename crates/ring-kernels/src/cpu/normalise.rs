@@ -4,11 +4,10 @@ use std::f64::consts::LN_2;
 
 use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
 
-use super::carve::carve;
 use super::check;
 use super::format::widen;
 use super::memory::{round, zeroed};
-use super::rows::{pieces, ranges};
+use super::rows::{pieces, range_len};
 use super::scratch::HostTensor;
 use super::threads::Threads;
 use crate::{ForwardState, KernelError, Problem};
@@ -31,18 +30,16 @@ pub(super) fn finish(
     let output = check::f32s_mut("state.output", &mut state.output, sizes.query_elements)?;
     let max = check::f32s_mut("state.max", &mut state.max, sizes.query_rows)?;
 
-    let ranges = ranges(sizes.query_rows, pieces(1, threads.count()));
-    let spans = ranges
-        .iter()
-        .map(|rows| rows.start * head_dim..rows.end * head_dim);
-    let outputs = carve("state.output", output, spans)?;
-    let maxima = carve("state.max", max, ranges.iter().cloned())?;
-    let tasks: Vec<_> = ranges.iter().zip(outputs).zip(maxima).collect();
+    let len = range_len(sizes.query_rows, pieces(1, threads.count()));
+    let tasks = output
+        .chunks_mut(len * head_dim)
+        .zip(max.chunks_mut(len))
+        .zip(denominator.chunks(len));
     threads.run(
         tasks,
         || Ok(()),
-        |(), ((rows, output), max)| {
-            let rows = denominator[rows.clone()].iter().zip(max);
+        |(), ((output, max), denominator)| {
+            let rows = denominator.iter().zip(max);
             for ((&denominator, max), output) in rows.zip(output.chunks_exact_mut(head_dim)) {
                 normalise_row(output, max, denominator, output_scale);
             }
@@ -88,19 +85,16 @@ pub(super) fn delta(
 
     let head_dim = problem.head_dim;
     let mut delta = zeroed::<f32>(sizes.query_rows, None)?;
-    let ranges = ranges(sizes.query_rows, pieces(1, threads.count()));
-    let tasks = ranges
-        .iter()
-        .zip(carve("delta", &mut delta, ranges.iter().cloned())?)
-        .collect();
+    let len = range_len(sizes.query_rows, pieces(1, threads.count()));
+    let tasks = delta.chunks_mut(len).enumerate();
     let scratch = || {
         Ok([
             zeroed::<f32>(head_dim, None)?,
             zeroed::<f32>(head_dim, None)?,
         ])
     };
-    threads.run(tasks, scratch, |[output_row, grad_row], (rows, delta)| {
-        for (row, delta) in rows.clone().zip(delta) {
+    threads.run(tasks, scratch, |[output_row, grad_row], (range, delta)| {
+        for (row, delta) in (range * len..).zip(delta) {
             if log_sum_exp[row] == f32::NEG_INFINITY {
                 continue;
             }

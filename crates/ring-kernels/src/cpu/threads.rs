@@ -41,14 +41,14 @@ impl Threads {
     }
 
     /// Does every task once. A thread takes the next task when it is done with the last, so that unequal tasks even out;
-    /// it makes its scratch memory once, and only if there is a task for it.
+    /// it asks for scratch memory once, and only if there is a task for it. Nothing is allocated beside that.
     pub(super) fn run<T: Send, S>(
         &self,
-        tasks: Vec<T>,
+        tasks: impl Iterator<Item = T> + Send,
         scratch: impl Fn() -> Result<S, KernelError> + Sync,
         work: impl Fn(&mut S, T) + Sync,
     ) -> Result<(), KernelError> {
-        let queue = Mutex::new(tasks.into_iter());
+        let queue = Mutex::new(tasks);
         let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
         let work_off = || {
             let Some(first) = next() else { return Ok(()) };
@@ -61,7 +61,24 @@ impl Threads {
         };
         match self {
             Threads::Caller => work_off(),
-            Threads::Pool(pool) => pool.broadcast(|_| work_off()).into_iter().collect(),
+            Threads::Pool(pool) => {
+                pool.install(|| on_threads(pool.current_num_threads(), &work_off))
+            }
         }
     }
+}
+
+/// Does `work` `count` times, on as many threads as are free.
+fn on_threads(
+    count: usize,
+    work: &(impl Fn() -> Result<(), KernelError> + Sync),
+) -> Result<(), KernelError> {
+    if count <= 1 {
+        return work();
+    }
+    let (some, others) = rayon::join(
+        || on_threads(count / 2, work),
+        || on_threads(count - count / 2, work),
+    );
+    some.and(others)
 }
