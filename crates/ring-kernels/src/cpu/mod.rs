@@ -20,6 +20,8 @@ mod scratch;
 mod softmax;
 mod threads;
 
+#[cfg(all(test, unix))]
+mod guard_pages;
 #[cfg(test)]
 mod oracle;
 #[cfg(test)]
