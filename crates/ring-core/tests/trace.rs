@@ -1,11 +1,19 @@
 //! What a trace shows of a forward and a backward on four ranks.
 
-use std::{collections::BTreeMap, fs, path::PathBuf, process, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    env, fs,
+    path::PathBuf,
+    process::{self, Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
 
 use ring_comm::{
     Communicator, Loopback, Trace,
     buffer::{Buffer, DType, HostBuffer},
     collective::barrier,
+    trace::TRACE_VARIABLE,
 };
 use ring_core::{AttentionSpec, Inputs, Pattern, Plan, Saved, Shape, Sharding, backward, forward};
 use ring_kernels::{CpuKernels, RowLayout, Tensor};
@@ -18,7 +26,7 @@ struct TraceFile(PathBuf);
 
 impl TraceFile {
     fn new(name: &str) -> Self {
-        Self(std::env::temp_dir().join(format!("ring-{name}-{}.json", process::id())))
+        Self(env::temp_dir().join(format!("ring-{name}-{}.json", process::id())))
     }
 
     fn events(&self) -> Vec<Value> {
@@ -257,4 +265,32 @@ fn without_a_trace_nothing_is_recorded() {
         attend(&communicator, false);
     });
     assert!(file.events().is_empty());
+}
+
+/// Not a test of its own: what the next one runs in a process with the variable set.
+#[test]
+#[ignore = "run by another test, in a process of its own"]
+fn attends_as_the_environment_says() {
+    on_all_ranks(|communicator| attend(&communicator, false));
+}
+
+#[test]
+fn the_environment_names_a_file_for_all_ranks_of_a_process() {
+    let file = TraceFile::new("%p");
+    let mut child = Command::new(env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "attends_as_the_environment_says"])
+        .env(TRACE_VARIABLE, &file.0)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    assert!(child.wait().unwrap().success());
+    let name = file
+        .0
+        .to_str()
+        .unwrap()
+        .replace("%p", &child.id().to_string());
+    let events = TraceFile(name.into()).events();
+    for rank in 0..RANKS {
+        assert_eq!(spans(&events, rank, "pass").len(), 2);
+    }
 }
