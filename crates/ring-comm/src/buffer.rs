@@ -57,6 +57,11 @@ pub trait Buffer: Send + Sized + fmt::Debug + 'static {
         self.len() == 0
     }
 
+    /// Number of elements that fit without further memory; at least [`len`](Self::len), which is also the default.
+    fn capacity(&self) -> usize {
+        self.len()
+    }
+
     /// Size in bytes.
     fn byte_len(&self) -> usize {
         self.len() * self.dtype().size()
@@ -152,6 +157,14 @@ impl Buffer for HostBuffer {
             HostBuffer::F32(values) => values.len(),
             HostBuffer::F16(values) => values.len(),
             HostBuffer::BF16(values) => values.len(),
+        }
+    }
+
+    fn capacity(&self) -> usize {
+        match self {
+            HostBuffer::F32(values) => values.capacity(),
+            HostBuffer::F16(values) => values.capacity(),
+            HostBuffer::BF16(values) => values.capacity(),
         }
     }
 

@@ -21,31 +21,43 @@ use crate::{
     buffer::Buffer,
     error::{CommError, CommErrorKind, Disagreement},
     loopback::Loopback,
+    pool::BufferPool,
+    trace::{Activity, Details, RankTrace, Trace},
     transport::{Rank, Traffic, Transport},
 };
 
 /// Agreements that [`Communicator::agree_once`] remembers; the oldest is forgotten first, on every rank alike.
 pub const REMEMBERED_AGREEMENTS: usize = 64;
 
-/// A transport with what its users share: the number of the next operation, and what was agreed upon.
+/// A transport with what its users share: the number of the next operation, what was agreed upon, memory for messages.
 ///
 /// A clone is another handle on the same. Make one communicator per endpoint and clone it: two made from the same
 /// endpoint would give their operations the same numbers.
 pub struct Communicator<B: Buffer> {
     shared: Arc<Shared<B>>,
+    trace: Option<Arc<RankTrace>>,
 }
 
 struct Shared<B: Buffer> {
     transport: Arc<dyn Transport<B>>,
     next_operation: AtomicU64,
-    /// Hashes of the latest agreements, oldest first.
-    agreements: Mutex<VecDeque<u64>>,
+    /// The latest agreements, oldest first.
+    agreements: Mutex<VecDeque<Agreement>>,
+    buffers: BufferPool<B>,
+}
+
+/// The hash of the terms, and the largest of the values that came with them.
+#[derive(Clone, Copy)]
+struct Agreement {
+    hash: u64,
+    largest: u64,
 }
 
 impl<B: Buffer> Clone for Communicator<B> {
     fn clone(&self) -> Self {
         Self {
             shared: Arc::clone(&self.shared),
+            trace: self.trace.clone(),
         }
     }
 }
@@ -60,15 +72,52 @@ impl<B: Buffer> fmt::Debug for Communicator<B> {
 }
 
 impl<B: Buffer> Communicator<B> {
-    /// Communicates over `transport`.
+    /// Communicates over `transport`; traced if the environment says so (see [`trace`](crate::trace)).
     pub fn new(transport: Arc<dyn Transport<B>>) -> Self {
+        let rank = transport.rank();
         Self {
+            trace: Trace::of_this_process().map(|trace| Arc::new(trace.of_rank(rank))),
             shared: Arc::new(Shared {
                 transport,
                 next_operation: AtomicU64::new(0),
                 agreements: Mutex::new(VecDeque::new()),
+                buffers: BufferPool::default(),
             }),
         }
+    }
+
+    /// The same communicator, traced to `trace`; clones made before are not.
+    #[must_use]
+    pub fn with_trace(self, trace: &Trace) -> Self {
+        let trace = Arc::new(trace.of_rank(self.rank()));
+        Self {
+            trace: Some(trace),
+            ..self
+        }
+    }
+
+    /// This rank's part of the trace, if there is one.
+    pub fn trace(&self) -> Option<&RankTrace> {
+        self.trace.as_deref()
+    }
+
+    /// Does `work`, and records it if there is a trace.
+    pub fn timed<T>(
+        &self,
+        activity: Activity,
+        name: &'static str,
+        details: Details,
+        work: impl FnOnce() -> T,
+    ) -> T {
+        match &self.trace {
+            Some(trace) => trace.time(activity, name, details, work),
+            None => work(),
+        }
+    }
+
+    /// Memory for messages, kept between calls.
+    pub fn buffers(&self) -> &BufferPool<B> {
+        &self.shared.buffers
     }
 
     /// A group of this rank alone, in which nothing is ever sent or waited for.
@@ -134,7 +183,7 @@ impl<B: Buffer> Communicator<B> {
     /// [`Transport::all_gather_bytes`].
     pub fn agree(&self, topic: &str, fields: &[(String, String)]) -> Result<(), CommError> {
         let terms = Terms::new(topic, fields).encode();
-        self.compare(&terms, fnv1a(&terms))
+        self.compare(&terms, fnv1a(&terms), 0).map(drop)
     }
 
     /// As [`agree`](Self::agree), but does not communicate if the ranks have agreed on the very same recently
@@ -144,14 +193,28 @@ impl<B: Buffer> Communicator<B> {
     /// As [`agree`](Self::agree). If one rank comes with something new and another with something known, the other does not
     /// take part in the comparison: then the first rank's error is a [`CommErrorKind::Deadline`] that names it.
     pub fn agree_once(&self, topic: &str, fields: &[(String, String)]) -> Result<(), CommError> {
+        self.agree_once_on_largest(topic, fields, 0).map(drop)
+    }
+
+    /// As [`agree_once`](Self::agree_once), and yields the largest of the `value`s that the ranks came with when they agreed.
+    /// The values may differ from rank to rank; a rank's own must follow from `topic` and `fields`.
+    ///
+    /// # Errors
+    /// As [`agree_once`](Self::agree_once).
+    pub fn agree_once_on_largest(
+        &self,
+        topic: &str,
+        fields: &[(String, String)],
+        value: u64,
+    ) -> Result<u64, CommError> {
         let terms = Terms::new(topic, fields).encode();
         let hash = fnv1a(&terms);
-        if self.agreements().contains(&hash) {
-            return Ok(());
+        if let Some(known) = self.agreement(hash) {
+            return Ok(known.largest);
         }
-        self.compare(&terms, hash)?;
-        self.remember(hash);
-        Ok(())
+        let largest = self.compare(&terms, hash, value)?;
+        self.remember(Agreement { hash, largest });
+        Ok(largest)
     }
 
     /// Fails on every rank, with the same verdict, unless all of `values` (one per rank) equal rank 0's.
@@ -167,15 +230,19 @@ impl<B: Buffer> Communicator<B> {
         }
     }
 
-    fn compare(&self, terms: &[u8], hash: u64) -> Result<(), CommError> {
-        let hashes = self.all_gather_bytes("comparison of hashes", &hash.to_le_bytes())?;
-        if hashes.iter().all(|other| *other == hashes[0]) {
-            return Ok(());
+    /// Compares the terms of all ranks; yields the largest value.
+    fn compare(&self, terms: &[u8], hash: u64, value: u64) -> Result<u64, CommError> {
+        let own = [hash.to_le_bytes(), value.to_le_bytes()].concat();
+        let all = self.all_gather_bytes("comparison of hashes", &own)?;
+        let pairs: Vec<(u64, u64)> = all.iter().map(|bytes| hash_and_value(bytes)).collect();
+        let largest = pairs.iter().map(|&(_, value)| value).max().unwrap_or(value);
+        if pairs.iter().all(|&(hash, _)| hash == pairs[0].0) {
+            return Ok(largest);
         }
         let terms = self.all_gather_bytes("comparison of fields", terms)?;
         let terms: Vec<_> = terms.iter().map(|bytes| Terms::decode(bytes)).collect();
         match first_disagreement(&terms) {
-            None => Ok(()),
+            None => Ok(largest),
             Some(disagreement) => Err(self.disagree(disagreement)),
         }
     }
@@ -192,19 +259,32 @@ impl<B: Buffer> Communicator<B> {
         error
     }
 
-    fn remember(&self, hash: u64) {
+    fn agreement(&self, hash: u64) -> Option<Agreement> {
+        let agreements = self.agreements();
+        agreements.iter().find(|known| known.hash == hash).copied()
+    }
+
+    fn remember(&self, agreement: Agreement) {
         let mut agreements = self.agreements();
         if agreements.len() == REMEMBERED_AGREEMENTS {
             agreements.pop_front();
         }
-        agreements.push_back(hash);
+        agreements.push_back(agreement);
     }
 
-    fn agreements(&self) -> MutexGuard<'_, VecDeque<u64>> {
+    fn agreements(&self) -> MutexGuard<'_, VecDeque<Agreement>> {
         self.shared
             .agreements
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the ranks exchange to compare; bytes of another length come from a rank that does something else, and differ.
+fn hash_and_value(bytes: &[u8]) -> (u64, u64) {
+    match bytes.as_chunks() {
+        ([hash, value], []) => (u64::from_le_bytes(*hash), u64::from_le_bytes(*value)),
+        _ => (fnv1a(bytes), 0),
     }
 }
 
@@ -264,11 +344,19 @@ mod tests {
             .agree_once("forward", &fields(REMEMBERED_AGREEMENTS))
             .unwrap();
         assert_eq!(communicator.agreements().len(), REMEMBERED_AGREEMENTS);
-        assert!(
-            !communicator
-                .agreements()
-                .contains(&fnv1a(&Terms::new("forward", &fields(0)).encode()))
-        );
+        let oldest = fnv1a(&Terms::new("forward", &fields(0)).encode());
+        assert!(communicator.agreement(oldest).is_none());
+    }
+
+    #[test]
+    fn ranks_agree_on_the_largest_value_and_remember_it() {
+        let results = Loopback::run::<HostBuffer, _>(3, Duration::from_secs(30), |endpoint| {
+            let communicator = Communicator::new(Arc::new(endpoint));
+            let value = 10 + communicator.rank() as u64;
+            let agree = |value| communicator.agree_once_on_largest("forward", &fields(1), value);
+            (agree(value).unwrap(), agree(0).unwrap())
+        });
+        assert!(results.into_iter().all(|largest| largest == Ok((12, 12))));
     }
 
     #[test]

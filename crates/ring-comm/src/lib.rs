@@ -9,6 +9,8 @@
 //! - [`Transport`]: one rank's endpoint, the seam between backends and users;
 //! - [`Loopback`]: the backend in which ranks are threads of one process;
 //! - [`Communicator`]: a transport with the numbering of operations and the check that all ranks plan the same;
+//! - [`BufferPool`]: memory of messages, kept for the next ones;
+//! - [`Trace`]: who computed, sent and waited when, as a file to look at;
 //! - [`collective`]: sums over ranks in a fixed order;
 //! - [`CommError`]: who failed, with whom, about which message, and why.
 //!
@@ -66,9 +68,13 @@ mod communicator;
 pub mod conformance;
 mod error;
 mod loopback;
+pub mod pool;
+pub mod trace;
 mod transport;
 
 pub use communicator::{Communicator, REMEMBERED_AGREEMENTS};
 pub use error::{CommError, CommErrorKind, Disagreement};
 pub use loopback::{Loopback, LoopbackEndpoint, RankPanic};
+pub use pool::BufferPool;
+pub use trace::Trace;
 pub use transport::*;

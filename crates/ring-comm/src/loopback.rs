@@ -1,10 +1,11 @@
 //! The loopback backend: ranks are threads of one process, and a buffer moves from one to the other without a copy.
 //!
 //! It keeps the rules at the head of [`Transport`](crate::Transport)'s module to the letter, so it is also the judge of
-//! what the other backends do. Two things are its own:
+//! what the other backends do. Three things are its own:
 //!
 //! - A message counts as received when its receive is waited for; size and element type are checked there, by the
 //!   receiver. The send is complete before, when a posted receive takes the message.
+//! - Memory that a receive brings goes to the sender of its message, in place of the buffer that moved.
 //! - An all-gather to which every rank has contributed succeeds on every rank, even if the group is poisoned meanwhile.
 
 mod channel;
@@ -21,6 +22,7 @@ use std::{any::Any, sync::Arc, thread, time::Duration};
 use thiserror::Error;
 
 pub use endpoint::LoopbackEndpoint;
+pub(crate) use endpoint::{LoopbackRecv, LoopbackSend};
 use group::Group;
 
 use crate::{

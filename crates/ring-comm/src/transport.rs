@@ -3,6 +3,8 @@
 //! The rules every backend keeps, and every caller may rely on:
 //!
 //! - A send takes ownership of its buffer, a receive yields one. A send is complete when the peer has taken it.
+//! - Memory for memory: a receive may bring memory for its message ([`Transport::irecv_into`]), a send may yield memory when
+//!   it is complete. Ranks that bring as much as a message takes neither gain nor lose memory, however often they exchange.
 //! - Messages are matched by `(peer, tag)`; two messages with the same peer and tag arrive in the order sent, in the
 //!   receives in the order posted.
 //! - A message is *taken* as soon as a posted receive matches it, whether or not that receive is being waited for. A rank
@@ -16,13 +18,17 @@
 //! - A rank that panics poisons the group; one that simply drops its endpoint has *departed*: what it sent can still be
 //!   received, and whoever needs anything more from it gets an error that names it.
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt,
+    time::{Duration, Instant},
+};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     buffer::{Buffer, DType},
     error::{CommError, CommErrorKind},
+    loopback::{LoopbackRecv, LoopbackSend},
 };
 
 /// Number of a rank in its group, `0..world_size`.
@@ -115,6 +121,24 @@ pub trait Transport<B: Buffer>: fmt::Debug + Send + Sync {
     /// [`CommError`] if the group is poisoned or the rank is out of range.
     fn irecv(&self, peer: Rank, tag: Tag, expected: Expected) -> Result<RecvRequest<B>, CommError>;
 
+    /// As [`irecv`](Self::irecv), and brings `memory`, with room for what is expected.
+    ///
+    /// A transport that copies receives into it. One that moves buffers gives it to the sender, whose send yields it. One
+    /// that needs no memory, as by default, drops it.
+    ///
+    /// # Errors
+    /// As [`irecv`](Self::irecv).
+    fn irecv_into(
+        &self,
+        peer: Rank,
+        tag: Tag,
+        expected: Expected,
+        memory: Option<B>,
+    ) -> Result<RecvRequest<B>, CommError> {
+        drop(memory);
+        self.irecv(peer, tag, expected)
+    }
+
     /// Gives every rank's `bytes` to every rank, in rank order. For control data (hashes, fields), not for tensors.
     ///
     /// All ranks must call it, with the same `operation` number.
@@ -148,7 +172,8 @@ pub trait Transport<B: Buffer>: fmt::Debug + Send + Sync {
 
 /// What a backend implements for a send in progress. Dropping it unfinished must poison the group.
 pub trait PendingSend<B>: Send + fmt::Debug {
-    /// Waits until the peer has taken the message. Yields the buffer if the transport copied out of it, `None` if it moved.
+    /// Waits until the peer has taken the message. Yields memory for the next one, with arbitrary contents: the buffer if the
+    /// transport copied out of it, or what the receiver brought if the buffer moved; `None` if there is none.
     ///
     /// # Errors
     /// [`CommError`] on poison, departure of the peer, or when the deadline passes.
@@ -167,32 +192,58 @@ pub trait PendingRecv<B>: Send + fmt::Debug {
 /// A send in progress; must be waited for.
 #[must_use = "a send must be waited for; dropping it poisons the group"]
 #[derive(Debug)]
-pub struct SendRequest<B>(Box<dyn PendingSend<B>>);
-
-impl<B> SendRequest<B> {
-    /// Wraps a backend's request.
-    pub fn new(pending: impl PendingSend<B> + 'static) -> Self {
-        Self(Box::new(pending))
-    }
-
-    /// Waits until the peer has taken the message; yields the buffer again if the transport did not move it.
-    ///
-    /// # Errors
-    /// [`CommError`] on poison, departure of the peer, or when the deadline passes.
-    pub fn wait(self) -> Result<Option<B>, CommError> {
-        self.0.wait()
-    }
-}
+pub struct SendRequest<B: Buffer>(Request<LoopbackSend<B>, dyn PendingSend<B>>);
 
 /// A receive in progress; must be waited for.
 #[must_use = "a receive must be waited for; dropping it poisons the group"]
 #[derive(Debug)]
-pub struct RecvRequest<B>(Box<dyn PendingRecv<B>>);
+pub struct RecvRequest<B: Buffer>(Request<LoopbackRecv<B>, dyn PendingRecv<B>>);
 
-impl<B> RecvRequest<B> {
+/// Loopback's requests lie here in place, so that a message there costs no allocation; those of other backends in a box.
+#[derive(Debug)]
+enum Request<L, D: ?Sized> {
+    Loopback(L),
+    Other(Box<D>),
+}
+
+impl<B: Buffer> SendRequest<B> {
+    /// Wraps a backend's request.
+    pub fn new(pending: impl PendingSend<B> + 'static) -> Self {
+        Self(Request::Other(Box::new(pending)))
+    }
+
+    pub(crate) fn loopback(pending: LoopbackSend<B>) -> Self {
+        Self(Request::Loopback(pending))
+    }
+
+    /// Waits until the peer has taken the message; yields memory for the next one if the transport has any to give.
+    ///
+    /// # Errors
+    /// [`CommError`] on poison, departure of the peer, or when the deadline passes.
+    pub fn wait(self) -> Result<Option<B>, CommError> {
+        self.wait_timed().map(|(memory, _)| memory)
+    }
+
+    /// As [`wait`](Self::wait), and tells when the message was taken; the end of the wait if the transport does not know.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait).
+    pub fn wait_timed(self) -> Result<(Option<B>, Instant), CommError> {
+        match self.0 {
+            Request::Loopback(pending) => pending.wait(),
+            Request::Other(pending) => pending.wait().map(|memory| (memory, Instant::now())),
+        }
+    }
+}
+
+impl<B: Buffer> RecvRequest<B> {
     /// Wraps a backend's request.
     pub fn new(pending: impl PendingRecv<B> + 'static) -> Self {
-        Self(Box::new(pending))
+        Self(Request::Other(Box::new(pending)))
+    }
+
+    pub(crate) fn loopback(pending: LoopbackRecv<B>) -> Self {
+        Self(Request::Loopback(pending))
     }
 
     /// Waits for the message.
@@ -200,6 +251,17 @@ impl<B> RecvRequest<B> {
     /// # Errors
     /// [`CommError`] on poison, departure of the peer, a message of another size or type, or when the deadline passes.
     pub fn wait(self) -> Result<B, CommError> {
-        self.0.wait()
+        self.wait_timed().map(|(buffer, _)| buffer)
+    }
+
+    /// As [`wait`](Self::wait), and tells when the message arrived; the end of the wait if the transport does not know.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait).
+    pub fn wait_timed(self) -> Result<(B, Instant), CommError> {
+        match self.0 {
+            Request::Loopback(pending) => pending.wait(),
+            Request::Other(pending) => pending.wait().map(|buffer| (buffer, Instant::now())),
+        }
     }
 }

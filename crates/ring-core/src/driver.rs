@@ -1,71 +1,24 @@
 //! The loop that walks a plan: [`forward`] and [`backward`].
 //!
 //! One loop for every pattern, sharding and rank count; what differs is in the plan. In each step: post the receive, post the
-//! send, compute the current block, wait. State is f32 through every hop and rounded once at the end. Only the slot computed
-//! on and the slot in flight exist; the memory of a slot that is done with serves for the next message.
+//! send, compute the current block, wait. State is f32 through every hop and rounded once at the end. Own keys and values, and
+//! those of a slot, are used where they lie; the memory of a slot that is done with serves for the messages after it.
 
 use ring_comm::{
-    CommError, Communicator, Expected, Payload, RecvRequest, SendRequest, Tag,
+    Communicator,
     buffer::{Buffer, DType},
+    trace::{Activity, Details},
 };
 use ring_kernels::{
-    BackwardInputs, ForwardState, KernelError, Kernels, KeyValue, KeyValueGradient, PackedRows,
-    Problem, Tensor,
+    BackwardInputs, ForwardState, Kernels, KeyValue, KeyValueGradient, Problem, RowLayout, Tensor,
 };
-use thiserror::Error;
 
 use crate::{
-    plan::{Exchange, Message, Plan, Source, Step},
-    spec::SpecError,
+    error::Error,
+    exchange::{Exchanger, InFlight, Pass, check_plan},
+    plan::{Plan, Source},
+    schedule::{Schedule, ScheduledExchange, ScheduledStep},
 };
-
-/// A distributed attention that could not be computed.
-#[derive(Clone, Debug, PartialEq, Error)]
-pub enum Error {
-    /// The computation is not possible.
-    #[error(transparent)]
-    Spec(#[from] SpecError),
-    /// A kernel failed; all ranks of the group are told.
-    #[error("attention kernel failed on rank {rank}: {source}")]
-    Kernel {
-        /// The rank whose kernel failed.
-        rank: usize,
-        /// What it said.
-        source: KernelError,
-    },
-    /// The exchange failed.
-    #[error("attention exchange failed in {step}: {source}")]
-    Comm {
-        /// What the rank was about.
-        step: String,
-        /// Who, with whom, what and why.
-        source: CommError,
-    },
-    /// The plan was made for another rank or another number of ranks.
-    #[error(
-        "the plan is for rank {plan_rank} of {plan_ranks}, the communicator is rank {rank} of {ranks}"
-    )]
-    WrongPlan {
-        /// Rank of the plan.
-        plan_rank: usize,
-        /// Ranks of the plan.
-        plan_ranks: usize,
-        /// Rank of the communicator.
-        rank: usize,
-        /// Ranks of the communicator.
-        ranks: usize,
-    },
-    /// A tensor has another element type than the plan says.
-    #[error("{what} is {got}, the plan is for {expected}")]
-    DType {
-        /// Which tensor.
-        what: &'static str,
-        /// Its type.
-        got: DType,
-        /// The plan's type.
-        expected: DType,
-    },
-}
 
 /// A rank's own tensors, `[batch, heads, rows, head_dim]`.
 pub struct Inputs<'a, B: Buffer> {
@@ -145,16 +98,17 @@ pub fn forward<B: Buffer, K: Kernels<B>>(
     plan: &Plan,
     inputs: Inputs<'_, B>,
 ) -> Result<Output<B>, Error> {
-    check_plan(communicator, plan)?;
-    let run = Run {
+    let capacity = check_plan(communicator, plan)?;
+    let operation = communicator.next_operation();
+    Run::new(
         kernels,
         communicator,
         plan,
-        problem: plan.problem(),
-        operation: communicator.next_operation(),
-        pass: Pass::Forward,
-    };
-    run.forward(inputs)
+        Pass::Forward,
+        operation,
+        capacity,
+    )
+    .traced(|run| run.forward(inputs))
 }
 
 /// Gradients of this rank's queries, keys and values. Every rank calls it with its own plan.
@@ -168,103 +122,117 @@ pub fn backward<B: Buffer, K: Kernels<B>>(
     inputs: Inputs<'_, B>,
     saved: Saved<'_, B>,
 ) -> Result<Gradients<B>, Error> {
-    check_plan(communicator, plan)?;
-    let run = Run {
+    let capacity = check_plan(communicator, plan)?;
+    let operation = saved.operation;
+    Run::new(
         kernels,
         communicator,
         plan,
-        problem: plan.problem(),
-        operation: saved.operation,
-        pass: Pass::Backward,
-    };
-    run.backward(inputs, saved)
+        Pass::Backward,
+        operation,
+        capacity,
+    )
+    .traced(|run| run.backward(inputs, saved))
 }
 
 /// One pass of one rank over its plan.
 struct Run<'a, B: Buffer, K> {
     kernels: &'a K,
-    communicator: &'a Communicator<B>,
+    exchanger: Exchanger<'a, B, K>,
     plan: &'a Plan,
+    schedule: &'a Schedule,
     problem: Problem,
-    operation: u64,
-    pass: Pass,
-}
-
-/// Which way a run goes.
-#[derive(Clone, Copy, Debug)]
-enum Pass {
-    Forward,
-    Backward,
-}
-
-impl Pass {
-    /// What key and value rows travel as.
-    fn key_value(self) -> Payload {
-        match self {
-            Pass::Forward => Payload::KeyValue,
-            Pass::Backward => Payload::KeyValueAgain,
-        }
-    }
-}
-
-/// Messages under way.
-struct InFlight<B> {
-    distance: usize,
-    send: Option<SendRequest<B>>,
-    receive: Option<RecvRequest<B>>,
 }
 
 /// Gradients of a slot, to be sent to the slot's owner, and those of own rows, to be received from who used them.
 struct GradientHop<'p, B> {
-    exchange: &'p Exchange,
+    exchange: &'p ScheduledExchange,
     outgoing: Option<B>,
 }
 
+/// Gradients of own rows on their way home.
+type Homecoming<'p, B> = (&'p ScheduledExchange, InFlight<B>);
+
 impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
+    fn new(
+        kernels: &'a K,
+        communicator: &'a Communicator<B>,
+        plan: &'a Plan,
+        pass: Pass,
+        operation: u64,
+        capacity: usize,
+    ) -> Self {
+        communicator.buffers().begin();
+        let problem = plan.problem();
+        Self {
+            kernels,
+            exchanger: Exchanger {
+                kernels,
+                communicator,
+                problem,
+                pass,
+                operation,
+                dtype: plan.spec().dtype,
+                capacity,
+            },
+            plan,
+            schedule: plan.schedule(),
+            problem,
+        }
+    }
+
+    /// Records the whole pass, and leaves a trace that is complete so far.
+    fn traced<T>(&self, pass: impl FnOnce(&Self) -> Result<T, Error>) -> Result<T, Error> {
+        let Exchanger {
+            communicator,
+            operation,
+            pass: direction,
+            ..
+        } = self.exchanger;
+        let details = Details {
+            operation,
+            ..Details::default()
+        };
+        let result = communicator.timed(Activity::Pass, direction.name(), details, || pass(self));
+        if let Some(trace) = communicator.trace() {
+            trace.flush();
+        }
+        result
+    }
+
     fn forward(&self, inputs: Inputs<'_, B>) -> Result<Output<B>, Error> {
         self.check_dtypes(inputs)?;
-        let mut state: ForwardState<B> = self.kernel(self.kernels.start(&self.problem))?;
+        let exchanger = &self.exchanger;
+        let mut state = exchanger.compute("start", None, || self.kernels.start(&self.problem))?;
         let mut slot = None;
-        let mut spare = None;
-        for (index, step) in self.plan.steps().iter().enumerate() {
-            let exchange = self.post(step, inputs, &mut spare)?;
-            let layout = self.slot_layout(index);
-            if let Some(source) = key_value(step, inputs.shorten(), slot.as_ref(), layout.as_ref())
-            {
-                self.kernel(self.kernels.forward(
-                    &self.problem,
-                    inputs.query,
-                    &source,
-                    &step.head_blocks(),
-                    &mut state,
-                ))?;
+        let mut filled_by = None;
+        for step in &self.schedule.steps {
+            let in_flight = self.post(step, inputs)?;
+            let layout = slot_layout(filled_by);
+            if let Some(source) = key_value(step, inputs.shorten(), slot.as_ref(), layout) {
+                self.step_forward(step, filled_by, inputs, &source, &mut state)?;
             }
-            spare = self.keep_if_sending(slot.take(), index + 1);
-            slot = self.wait(exchange, &mut spare)?;
+            exchanger.give(slot.take());
+            slot = self.wait(in_flight)?;
+            filled_by = step.exchange.as_ref();
         }
+        exchanger.give(slot);
         let spec = self.plan.spec();
-        let (output, log_sum_exp) = self.kernel(self.kernels.finish(
-            &self.problem,
-            state,
-            spec.dtype,
-            spec.pattern.output_scale(),
-        ))?;
+        let scale = spec.pattern.output_scale();
+        let (output, log_sum_exp) = exchanger.compute("finish", None, || {
+            self.kernels.finish(&self.problem, state, spec.dtype, scale)
+        })?;
         Ok(Output {
             output,
             log_sum_exp,
-            operation: self.operation,
+            operation: exchanger.operation,
         })
     }
 
     fn backward(&self, inputs: Inputs<'_, B>, saved: Saved<'_, B>) -> Result<Gradients<B>, Error> {
         self.check_dtypes(inputs)?;
-        let delta = self.kernel(self.kernels.delta(
-            &self.problem,
-            saved.output,
-            saved.grad_output,
-            saved.log_sum_exp,
-            saved.grad_log_sum_exp,
-        ))?;
+        let exchanger = &self.exchanger;
+        let delta = self.delta(&saved)?;
         let from_forward = BackwardInputs {
             query: inputs.query.shorten(),
             grad_output: saved.grad_output.shorten(),
@@ -272,54 +240,43 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
             delta: &delta,
         };
         let mut gradients = self.zero_gradients()?;
-        let (mut slot, mut spare) = (None, None);
+        let mut slot = None;
+        let mut filled_by = None;
         let mut pending: Option<GradientHop<'_, B>> = None;
-        for (index, step) in self.plan.steps().iter().enumerate() {
-            let exchange = self.post(step, inputs, &mut spare)?;
+        for step in &self.schedule.steps {
+            let in_flight = self.post(step, inputs)?;
             let homecoming = self.post_gradients(pending.take())?;
-            let layout = self.slot_layout(index);
-            let source = key_value(step, inputs.shorten(), slot.as_ref(), layout.as_ref());
-            let outgoing = match (source, layout.as_ref()) {
-                (Some(source), layout) => {
-                    self.step_gradients(step, &from_forward, &source, layout, &mut gradients)?
+            let layout = slot_layout(filled_by);
+            let outgoing = match key_value(step, inputs.shorten(), slot.as_ref(), layout) {
+                Some(source) => {
+                    self.step_gradients(step, filled_by, &from_forward, &source, &mut gradients)?
                 }
-                (None, _) => None,
+                None => None,
             };
-            spare = self.keep_if_sending(slot.take(), index + 1);
+            exchanger.give(slot.take());
             self.take_home(homecoming, &mut gradients)?;
-            if let Some(done) = self.exchange_before(index) {
-                let hop = GradientHop {
-                    exchange: done,
-                    outgoing,
-                };
-                if is_next_hop(step, done) {
+            if let Some(exchange) = filled_by {
+                let hop = GradientHop { exchange, outgoing };
+                if is_next_hop(step, exchange) {
                     pending = Some(hop);
                 } else {
                     let homecoming = self.post_gradients(Some(hop))?;
                     self.take_home(homecoming, &mut gradients)?;
                 }
             }
-            slot = self.wait(exchange, &mut spare)?;
+            slot = self.wait(in_flight)?;
+            filled_by = step.exchange.as_ref();
         }
-        let left_over = self
-            .plan
-            .steps()
-            .last()
-            .and_then(|step| step.exchange.as_ref())
-            .map(|exchange| GradientHop {
-                exchange,
-                outgoing: None,
-            });
+        // The last exchange only sent, or there would be a step for what it brought.
+        let left_over = filled_by.map(|exchange| GradientHop {
+            exchange,
+            outgoing: None,
+        });
         for hop in [pending, left_over] {
             let homecoming = self.post_gradients(hop)?;
             self.take_home(homecoming, &mut gradients)?;
         }
-        let dtype = self.plan.spec().dtype;
-        Ok(Gradients {
-            query: self.kernel(self.kernels.round(gradients.query, dtype))?,
-            key: self.kernel(self.kernels.round(gradients.key, dtype))?,
-            value: self.kernel(self.kernels.round(gradients.value, dtype))?,
-        })
+        self.rounded(gradients)
     }
 
     fn check_dtypes(&self, inputs: Inputs<'_, B>) -> Result<(), Error> {
@@ -331,7 +288,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
         ] {
             let got = self.kernels.dtype(view);
             if got != expected {
-                return Err(self.failed(Error::DType {
+                return Err(self.exchanger.failed(Error::DType {
                     what,
                     got,
                     expected,
@@ -339,6 +296,18 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
             }
         }
         Ok(())
+    }
+
+    fn delta(&self, saved: &Saved<'_, B>) -> Result<B, Error> {
+        self.exchanger.compute("delta", None, || {
+            self.kernels.delta(
+                &self.problem,
+                saved.output,
+                saved.grad_output,
+                saved.log_sum_exp,
+                saved.grad_log_sum_exp,
+            )
+        })
     }
 
     fn zero_gradients(&self) -> Result<Gradients<B>, Error> {
@@ -352,10 +321,10 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
             ..
         } = self.problem;
         let zeros = |rows: usize| {
-            self.kernel(
-                self.kernels
-                    .allocate(DType::F32, batch * rows * head_dim, None),
-            )
+            let len = batch * rows * head_dim;
+            self.exchanger.compute("allocate", None, || {
+                self.kernels.allocate(DType::F32, len, None)
+            })
         };
         Ok(Gradients {
             query: zeros(query_heads * queries)?,
@@ -364,264 +333,132 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
         })
     }
 
+    fn step_forward(
+        &self,
+        step: &ScheduledStep,
+        filled_by: Option<&ScheduledExchange>,
+        inputs: Inputs<'_, B>,
+        source: &KeyValue<'_, B>,
+        state: &mut ForwardState<B>,
+    ) -> Result<(), Error> {
+        self.exchanger.compute("forward", distance(filled_by), || {
+            self.kernels
+                .forward(&self.problem, inputs.query, source, &step.blocks, state)
+        })
+    }
+
     /// Gradients of a step's blocks: those of own rows are added, those of a slot returned, to be sent home.
     fn step_gradients(
         &self,
-        step: &Step,
+        step: &ScheduledStep,
+        filled_by: Option<&ScheduledExchange>,
         from_forward: &BackwardInputs<'_, B>,
         source: &KeyValue<'_, B>,
-        layout: Option<&PackedRows>,
         gradients: &mut Gradients<B>,
     ) -> Result<Option<B>, Error> {
-        let mut slot_gradient = match layout {
-            Some(rows) => Some(self.kernel(self.kernels.allocate(DType::F32, rows.len, None))?),
+        let received = filled_by.and_then(|exchange| exchange.receive.as_ref());
+        let mut slot_gradient = match received {
+            Some(parcel) => Some(self.zero_message(parcel.rows.len)?),
             None => None,
         };
-        let target = match (&mut slot_gradient, layout) {
-            (Some(slot), Some(rows)) => KeyValueGradient::Slot {
+        let target = match (&mut slot_gradient, received) {
+            (Some(slot), Some(parcel)) => KeyValueGradient::Slot {
                 slot,
-                layout: &rows.layout,
+                layout: &parcel.rows.layout,
             },
             _ => KeyValueGradient::Own {
                 key: &mut gradients.key,
                 value: &mut gradients.value,
             },
         };
-        self.kernel(self.kernels.backward(
-            &self.problem,
-            from_forward,
-            source,
-            &step.head_blocks(),
-            self.plan.spec().pattern.output_scale(),
-            &mut gradients.query,
-            target,
-        ))?;
+        self.exchanger
+            .compute("backward", distance(filled_by), || {
+                self.kernels.backward(
+                    &self.problem,
+                    from_forward,
+                    source,
+                    &step.blocks,
+                    self.plan.spec().pattern.output_scale(),
+                    &mut gradients.query,
+                    target,
+                )
+            })?;
         Ok(slot_gradient)
     }
 
-    /// A slot that is done with, if its memory serves for what step `index` sends; released otherwise.
-    fn keep_if_sending(&self, slot: Option<B>, index: usize) -> Option<B> {
-        let step = self.plan.steps().get(index)?;
-        slot.filter(|_| {
-            step.exchange
-                .as_ref()
-                .is_some_and(|exchange| exchange.send.is_some())
+    fn zero_message(&self, len: usize) -> Result<B, Error> {
+        let memory = self.exchanger.memory(DType::F32)?;
+        self.exchanger.compute("allocate", None, || {
+            self.kernels.allocate(DType::F32, len, Some(memory))
         })
     }
 
-    /// The exchange that filled the slot of step `index`.
-    fn exchange_before(&self, index: usize) -> Option<&'a Exchange> {
-        self.plan.steps()[index.checked_sub(1)?].exchange.as_ref()
-    }
-
-    /// How the slot of step `index` is laid out; `None` if the step has no slot.
-    fn slot_layout(&self, index: usize) -> Option<PackedRows> {
-        let message = self.exchange_before(index)?.receive.as_ref()?;
-        Some(message.packed(&self.problem))
-    }
-
-    /// Posts a step's exchange: the receive first, then the send.
     fn post(
         &self,
-        step: &Step,
+        step: &ScheduledStep,
         inputs: Inputs<'_, B>,
-        spare: &mut Option<B>,
     ) -> Result<Option<InFlight<B>>, Error> {
-        let Some(exchange) = &step.exchange else {
-            return Ok(None);
-        };
-        let distance = exchange.distance;
-        let receive = self.receive(
-            exchange.receive.as_ref(),
-            distance,
-            self.pass.key_value(),
-            self.plan.spec().dtype,
-        )?;
-        let outgoing = match &exchange.send {
-            Some(message) => {
-                let rows = message.packed(&self.problem);
-                Some(self.kernel(self.kernels.pack(
-                    &self.problem,
-                    inputs.key,
-                    inputs.value,
-                    &rows,
-                    spare.take(),
-                ))?)
-            }
-            None => None,
-        };
-        let send = self.send(
-            exchange.send.as_ref(),
-            distance,
-            self.pass.key_value(),
-            outgoing,
-        )?;
-        Ok(Some(InFlight {
-            distance,
-            send,
-            receive,
-        }))
+        let exchange = step.exchange.as_ref();
+        exchange
+            .map(|exchange| self.exchanger.post(exchange, inputs))
+            .transpose()
     }
 
-    /// Posts the gradients of a hop: those of own rows come from the peer the rows went to, those of the slot go to its owner.
+    fn wait(&self, in_flight: Option<InFlight<B>>) -> Result<Option<B>, Error> {
+        match in_flight {
+            Some(in_flight) => self.exchanger.wait(in_flight),
+            None => Ok(None),
+        }
+    }
+
     fn post_gradients<'p>(
         &self,
         hop: Option<GradientHop<'p, B>>,
-    ) -> Result<Option<(&'p Exchange, InFlight<B>)>, Error> {
+    ) -> Result<Option<Homecoming<'p, B>>, Error> {
         let Some(GradientHop { exchange, outgoing }) = hop else {
             return Ok(None);
         };
-        let distance = exchange.distance;
-        let payload = Payload::KeyValueGradient;
-        let receive = self.receive(exchange.send.as_ref(), distance, payload, DType::F32)?;
-        let send = self.send(exchange.receive.as_ref(), distance, payload, outgoing)?;
-        let in_flight = InFlight {
-            distance,
-            send,
-            receive,
-        };
+        let in_flight = self.exchanger.post_gradients(exchange, outgoing)?;
         Ok(Some((exchange, in_flight)))
-    }
-
-    fn receive(
-        &self,
-        message: Option<&Message>,
-        distance: usize,
-        payload: Payload,
-        dtype: DType,
-    ) -> Result<Option<RecvRequest<B>>, Error> {
-        let Some(message) = message else {
-            return Ok(None);
-        };
-        let expected = Expected {
-            dtype,
-            len: message.packed(&self.problem).len,
-        };
-        self.communicator
-            .transport()
-            .irecv(message.peer, self.tag(distance, payload), expected)
-            .map(Some)
-            .map_err(|source| self.comm_error(distance, source))
-    }
-
-    fn send(
-        &self,
-        message: Option<&Message>,
-        distance: usize,
-        payload: Payload,
-        outgoing: Option<B>,
-    ) -> Result<Option<SendRequest<B>>, Error> {
-        let (Some(message), Some(outgoing)) = (message, outgoing) else {
-            return Ok(None);
-        };
-        self.communicator
-            .transport()
-            .isend(message.peer, self.tag(distance, payload), outgoing)
-            .map(Some)
-            .map_err(|source| self.comm_error(distance, source))
-    }
-
-    /// Waits for what is under way; yields what arrived, and leaves in `spare` memory that is free again.
-    fn wait(
-        &self,
-        in_flight: Option<InFlight<B>>,
-        spare: &mut Option<B>,
-    ) -> Result<Option<B>, Error> {
-        let Some(in_flight) = in_flight else {
-            return Ok(None);
-        };
-        let failed = |source| self.comm_error(in_flight.distance, source);
-        let arrived = match in_flight.receive {
-            Some(request) => Some(request.wait().map_err(failed)?),
-            None => None,
-        };
-        if let Some(request) = in_flight.send
-            && let Some(buffer) = request.wait().map_err(failed)?
-        {
-            spare.get_or_insert(buffer);
-        }
-        Ok(arrived)
     }
 
     /// Waits for gradients of own rows and adds them.
     fn take_home(
         &self,
-        homecoming: Option<(&Exchange, InFlight<B>)>,
+        homecoming: Option<Homecoming<'_, B>>,
         gradients: &mut Gradients<B>,
     ) -> Result<(), Error> {
         let Some((exchange, in_flight)) = homecoming else {
             return Ok(());
         };
-        let arrived = self.wait(Some(in_flight), &mut None)?;
-        if let (Some(slot), Some(message)) = (arrived, &exchange.send) {
-            let rows = message.packed(&self.problem);
-            self.kernel(self.kernels.add_rows(
-                &self.problem,
-                &slot,
-                &rows,
-                &mut gradients.key,
-                &mut gradients.value,
-            ))?;
+        let arrived = self.exchanger.wait(in_flight)?;
+        if let (Some(slot), Some(parcel)) = (&arrived, &exchange.send) {
+            self.exchanger
+                .compute("add rows", Some(exchange.distance), || {
+                    self.kernels.add_rows(
+                        &self.problem,
+                        slot,
+                        &parcel.rows,
+                        &mut gradients.key,
+                        &mut gradients.value,
+                    )
+                })?;
         }
+        self.exchanger.give(arrived);
         Ok(())
     }
 
-    fn tag(&self, distance: usize, payload: Payload) -> Tag {
-        Tag {
-            operation: self.operation,
-            step: distance as u32,
-            payload,
-        }
-    }
-
-    fn kernel<T>(&self, result: Result<T, KernelError>) -> Result<T, Error> {
-        result.map_err(|source| {
-            self.failed(Error::Kernel {
-                rank: self.plan.rank(),
-                source,
-            })
-        })
-    }
-
-    /// Tells the other ranks that this one failed by itself. At once: dropping the requests under way would tell them less.
-    fn failed(&self, error: Error) -> Error {
-        tell_others(self.communicator, &error);
-        error
-    }
-
-    fn comm_error(&self, distance: usize, source: CommError) -> Error {
-        Error::Comm {
-            step: format!("hop {distance} of the {:?} pass", self.pass).to_lowercase(),
-            source,
-        }
-    }
-}
-
-/// Checks that the plan is this rank's and that all ranks are about to do the same.
-fn check_plan<B: Buffer>(communicator: &Communicator<B>, plan: &Plan) -> Result<(), Error> {
-    let (rank, ranks) = (communicator.rank(), communicator.world_size());
-    if (plan.rank(), plan.spec().world_size) != (rank, ranks) {
-        let error = Error::WrongPlan {
-            plan_rank: plan.rank(),
-            plan_ranks: plan.spec().world_size,
-            rank,
-            ranks,
+    fn rounded(&self, gradients: Gradients<B>) -> Result<Gradients<B>, Error> {
+        let dtype = self.plan.spec().dtype;
+        let round = |sums: B| {
+            self.exchanger
+                .compute("round", None, || self.kernels.round(sums, dtype))
         };
-        tell_others(communicator, &error);
-        return Err(error);
-    }
-    communicator
-        .agree_once("attention", &plan.spec().fields())
-        .map_err(|source| Error::Comm {
-            step: "the comparison of plans".into(),
-            source,
+        Ok(Gradients {
+            query: round(gradients.query)?,
+            key: round(gradients.key)?,
+            value: round(gradients.value)?,
         })
-}
-
-/// Ends the group because this rank cannot go on: its peers must not wait for it. Alone, nothing is lost by an error.
-fn tell_others<B: Buffer>(communicator: &Communicator<B>, error: &Error) {
-    if communicator.world_size() > 1 {
-        communicator.abort(&error.to_string());
     }
 }
 
@@ -631,28 +468,36 @@ fn tell_others<B: Buffer>(communicator: &Communicator<B>, error: &Error) {
 /// far hop first could hold up peers whose nearer hops that far hop depends on. With this rule, waits can be ordered: keys and
 /// values of hop `d` depend on hops below `d` alone, gradients of hop `d` on keys and values up to `d + 1` and gradients below
 /// `d`; so no cycle of ranks can wait for each other.
-fn is_next_hop(step: &Step, done: &Exchange) -> bool {
+fn is_next_hop(step: &ScheduledStep, done: &ScheduledExchange) -> bool {
     step.exchange
         .as_ref()
         .is_some_and(|next| next.distance == done.distance + 1)
 }
 
-/// The keys and values of a step; `None` if it has none.
+/// The hop whose slot a step computes on; `None` for own rows.
+fn distance(filled_by: Option<&ScheduledExchange>) -> Option<usize> {
+    filled_by.map(|exchange| exchange.distance)
+}
+
+/// How the slot is laid out that an exchange filled, if it filled one.
+fn slot_layout(filled_by: Option<&ScheduledExchange>) -> Option<&RowLayout> {
+    let parcel = filled_by?.receive.as_ref()?;
+    Some(&parcel.rows.layout)
+}
+
+/// The keys and values of a step, where they lie; `None` if it has none.
 fn key_value<'a, B: Buffer>(
-    step: &Step,
+    step: &ScheduledStep,
     inputs: Inputs<'a, B>,
     slot: Option<&'a B>,
-    rows: Option<&'a PackedRows>,
+    layout: Option<&'a RowLayout>,
 ) -> Option<KeyValue<'a, B>> {
-    match (step.source, slot, rows) {
+    match (step.source, slot, layout) {
         (Source::Own, ..) => Some(KeyValue::Own {
             key: inputs.key,
             value: inputs.value,
         }),
-        (Source::Slot(_), Some(slot), Some(rows)) => Some(KeyValue::Slot {
-            slot,
-            layout: &rows.layout,
-        }),
+        (Source::Slot(_), Some(slot), Some(layout)) => Some(KeyValue::Slot { slot, layout }),
         _ => None,
     }
 }

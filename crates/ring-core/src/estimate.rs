@@ -98,7 +98,9 @@ pub struct MemoryEstimate {
     /// Incoming gradient of the output and gradients of queries, keys and values; 0 for a forward pass.
     pub gradients: u64,
     /// Messages that exist at the same time: the slot computed on, the one arriving, the one leaving, and in the backward pass
-    /// the gradients of a slot.
+    /// the gradients of a slot, leaving and arriving. The communicator keeps them for its next call. Each is as large as the
+    /// largest message of the group; that is taken to be the largest of this rank, which it is, but for a few rows, unless
+    /// shards or what is visible to them differ much from rank to rank.
     pub exchange_slots: u64,
     /// Running state that is not part of a result, and the kernels' tiles.
     pub scratch: u64,
@@ -190,71 +192,78 @@ impl MemoryEstimate {
     }
 }
 
-/// The most bytes of a step's lists: its blocks written out, and the rows of its messages.
+/// Bytes of a plan as it is executed: all its blocks written out, and the rows of its messages.
 fn lists(plan: &Plan) -> u64 {
-    let runs = |message: &Option<Message>| {
-        message.as_ref().map_or(0, |message| {
-            message
-                .rows
-                .iter()
-                .map(|entry| entry.runs.len())
-                .sum::<usize>()
-        })
-    };
     let blocks = |step: &Step| -> usize {
         let planned = step.work.iter().flat_map(|work| &work.blocks);
         planned.map(|planned| planned.repeat).sum()
     };
-    let rows = |step: &Step| {
-        step.exchange.as_ref().map_or(0, |exchange| {
-            runs(&exchange.receive).max(runs(&exchange.send))
-        })
+    let runs = |exchange: &Exchange| -> usize {
+        let messages = [&exchange.send, &exchange.receive].into_iter().flatten();
+        messages
+            .flat_map(|message| &message.rows)
+            .map(|entry| entry.runs.len())
+            .sum()
     };
-    let most = |count: &dyn Fn(&Step) -> usize| plan.steps().iter().map(count).max().unwrap_or(0);
-    (most(&blocks) * size_of::<Block>() + 2 * most(&rows) * size_of::<Rows>()) as u64
+    let blocks: usize = plan.steps().iter().map(blocks).sum();
+    let runs: usize = plan.exchanges().map(runs).sum();
+    (blocks * size_of::<Block>() + runs * size_of::<Rows>()) as u64
 }
 
-/// The most bytes of messages that exist at the same time.
+/// Bytes of the buffers that messages lie in: all as large as the largest of them, as many as there are at one time.
 fn slots(plan: &Plan, backward: bool) -> u64 {
     let spec = plan.spec();
-    let bytes = |message: Option<&Message>, element: usize| {
-        message.map_or(0, |message| {
-            (message.row_count() * spec.shape.batch * 2 * spec.shape.head_dim * element) as u64
-        })
+    let elements = |message: &Message| {
+        (message.row_count() * spec.shape.batch * 2 * spec.shape.head_dim) as u64
     };
-    let size = spec.dtype.size();
-    let exchanges: Vec<Option<&Exchange>> = plan
-        .steps()
-        .iter()
-        .map(|step| step.exchange.as_ref())
-        .collect();
-    let at = |index: Option<usize>| index.and_then(|index| *exchanges.get(index)?);
-    let received = |exchange: Option<&Exchange>, element| {
-        bytes(
-            exchange.and_then(|exchange| exchange.receive.as_ref()),
-            element,
-        )
-    };
-    let sent = |exchange: Option<&Exchange>, element| {
-        bytes(
-            exchange.and_then(|exchange| exchange.send.as_ref()),
-            element,
-        )
-    };
+    let messages = plan.exchanges().flat_map(|hop| [&hop.send, &hop.receive]);
+    let largest = messages.flatten().map(elements).max().unwrap_or(0);
     // One more than there are steps: after the last one, gradients are still on their way.
-    (0..=exchanges.len())
-        .map(|index| {
-            let next = at(Some(index));
-            let current = at(index.checked_sub(1));
-            let earlier = at(index.checked_sub(2));
-            let key_value = received(current, size) + received(next, size) + sent(next, size);
-            if !backward {
-                return key_value;
-            }
-            // Gradients of the slot, and beside them those of the hop before; or, after a gap, its own right away.
-            let (before, own) = (received(earlier, 4) + sent(earlier, 4), sent(current, 4));
-            key_value + received(current, 4) + before.max(own)
-        })
-        .max()
-        .unwrap_or(0)
+    let at_steps = (0..=plan.steps().len()).map(|index| Held::at(plan, index, backward));
+    let size = spec.dtype.size() as u64;
+    let buffers = if size == 4 {
+        // Keys and values lie in the buffers of gradients that are gone, and the other way round.
+        4 * at_steps
+            .map(|held| held.key_values + held.gradients)
+            .max()
+            .unwrap_or(0)
+    } else {
+        let (key_values, gradients) = at_steps.fold((0, 0), |(key_values, gradients), held| {
+            (
+                held.key_values.max(key_values),
+                held.gradients.max(gradients),
+            )
+        });
+        size * key_values + 4 * gradients
+    };
+    buffers * largest
+}
+
+/// Messages that exist at the same time.
+struct Held {
+    key_values: u64,
+    gradients: u64,
+}
+
+impl Held {
+    /// During step `index`.
+    fn at(plan: &Plan, index: usize, backward: bool) -> Self {
+        let exchange = |index: Option<usize>| plan.steps().get(index?)?.exchange.as_ref();
+        let next = exchange(Some(index));
+        let current = exchange(index.checked_sub(1));
+        let earlier = exchange(index.checked_sub(2));
+        let received =
+            |hop: Option<&Exchange>| u64::from(hop.is_some_and(|hop| hop.receive.is_some()));
+        let sent = |hop: Option<&Exchange>| u64::from(hop.is_some_and(|hop| hop.send.is_some()));
+        // Gradients of the slot, and beside them those of the hop before; or, after a gap, its own right away.
+        let beside = (received(earlier) + sent(earlier)).max(sent(current));
+        Self {
+            key_values: received(current) + received(next) + sent(next),
+            gradients: if backward {
+                received(current) + beside
+            } else {
+                0
+            },
+        }
+    }
 }

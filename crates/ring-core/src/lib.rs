@@ -12,20 +12,23 @@
 //! - *step*: what a rank computes between two exchanges. *Block*: query rows x key rows of a step.
 
 mod driver;
+mod error;
 mod estimate;
+mod exchange;
 pub mod oracle;
 mod pattern;
 mod plan;
 mod progression;
+mod schedule;
 mod selection;
 mod sharding;
 mod spec;
 
-pub use driver::{Error, Gradients, Inputs, Output, Saved, backward, forward};
+pub use driver::{Gradients, Inputs, Output, Saved, backward, forward};
+pub use error::Error;
 pub use estimate::{CommunicationEstimate, MemoryEstimate};
 pub use pattern::{Branch, HeadOffsets, MAX_LENGTH, Mixing, Pattern, PatternError};
 pub use plan::{Exchange, HeadWork, Message, Plan, PlannedBlock, Source, Step};
-pub use progression::{Progression, disjoint_cover};
 pub use ring_kernels::Mask;
 pub use sharding::{Sharding, Span};
 pub use spec::{AttentionSpec, Shape, SpecError};

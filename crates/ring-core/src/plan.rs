@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     progression::{Progression, disjoint_cover},
+    schedule::{OnDemand, Schedule},
     selection::{HeadClass, Piece, SegmentPairs, Shard, head_classes, overlaps, segment_pairs},
     spec::{AttentionSpec, SpecError},
 };
@@ -138,6 +139,8 @@ pub struct Plan {
     spec: AttentionSpec,
     rank: Rank,
     steps: Vec<Step>,
+    #[serde(skip)]
+    schedule: OnDemand,
 }
 
 impl Plan {
@@ -173,7 +176,12 @@ impl Plan {
         {
             steps.pop();
         }
-        Ok(Self { spec, rank, steps })
+        Ok(Self {
+            spec,
+            rank,
+            steps,
+            schedule: OnDemand::default(),
+        })
     }
 
     /// The computation.
@@ -194,6 +202,11 @@ impl Plan {
     /// The sizes this rank's kernels see.
     pub fn problem(&self) -> Problem {
         self.spec.problem(self.rank)
+    }
+
+    /// The steps as they are executed; made when first asked for.
+    pub(crate) fn schedule(&self) -> &Schedule {
+        self.schedule.of(self)
     }
 
     /// The exchanges, in order.

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 ///
 /// Kept in canonical form: `end` is one past the last position, or equals `start` if there is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Progression {
+pub(crate) struct Progression {
     start: i64,
     end: i64,
     stride: i64,
@@ -14,7 +14,7 @@ pub struct Progression {
 
 impl Progression {
     /// The positions `start, start + stride, ...` below `end`; `stride` is at least 1.
-    pub fn new(start: i64, end: i64, stride: i64) -> Self {
+    pub(crate) fn new(start: i64, end: i64, stride: i64) -> Self {
         debug_assert!(stride >= 1);
         let end = if end <= start {
             start
@@ -25,22 +25,22 @@ impl Progression {
     }
 
     /// First position, if there is one.
-    pub fn first(&self) -> Option<i64> {
+    pub(crate) fn first(&self) -> Option<i64> {
         (!self.is_empty()).then_some(self.start)
     }
 
     /// Last position, if there is one.
-    pub fn last(&self) -> Option<i64> {
+    pub(crate) fn last(&self) -> Option<i64> {
         (!self.is_empty()).then_some(self.end - 1)
     }
 
     /// Distance of neighbouring positions.
-    pub fn stride(&self) -> i64 {
+    pub(crate) fn stride(&self) -> i64 {
         self.stride
     }
 
     /// Number of positions.
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         if self.is_empty() {
             0
         } else {
@@ -49,18 +49,18 @@ impl Progression {
     }
 
     /// Whether there is no position.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.start >= self.end
     }
 
     /// Whether `position` is one of them.
-    pub fn contains(&self, position: i64) -> bool {
+    pub(crate) fn contains(&self, position: i64) -> bool {
         (self.start..self.end).contains(&position) && (position - self.start) % self.stride == 0
     }
 
     /// The positions in `low..high`.
     #[must_use]
-    pub fn clip(&self, low: i64, high: i64) -> Self {
+    pub(crate) fn clip(&self, low: i64, high: i64) -> Self {
         let skipped = (low - self.start).max(0);
         let steps = (skipped + self.stride - 1) / self.stride;
         let start = self.start.saturating_add(steps.saturating_mul(self.stride));
@@ -69,7 +69,7 @@ impl Progression {
 
     /// The same positions, `distance` further on.
     #[must_use]
-    pub fn shifted(&self, distance: i64) -> Self {
+    pub(crate) fn shifted(&self, distance: i64) -> Self {
         Self {
             start: self.start + distance,
             end: self.end + distance,
@@ -79,7 +79,7 @@ impl Progression {
 
     /// The positions that both have; a progression again (Chinese remainder theorem).
     #[must_use]
-    pub fn intersect(&self, other: &Self) -> Self {
+    pub(crate) fn intersect(&self, other: &Self) -> Self {
         let none = Self::new(self.start, self.start, self.stride);
         let (a, m) = (i128::from(self.start), i128::from(self.stride));
         let (b, n) = (i128::from(other.start), i128::from(other.stride));
@@ -119,7 +119,7 @@ fn gcd_with_inverse(m: i128, n: i128) -> (i128, i128) {
 ///
 /// Nested sets (each stride divides the next, as in LongNet's patterns) give one progression for each interval between the
 /// ends of the sets; other strides are split into residues modulo their least common multiple.
-pub fn disjoint_cover(sets: Vec<Progression>) -> Vec<Progression> {
+pub(crate) fn disjoint_cover(sets: Vec<Progression>) -> Vec<Progression> {
     if sets.len() == 1 && !sets[0].is_empty() {
         return sets;
     }

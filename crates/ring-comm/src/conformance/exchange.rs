@@ -6,7 +6,7 @@ use super::{Case, Endpoint, Stage, f32s, meet, receive, send, tag, telling};
 use crate::{
     buffer::{Buffer, DType, HostBuffer},
     error::CommErrorKind,
-    transport::{Expected, MAX_OUTSTANDING_SENDS, Payload, Tag, Traffic},
+    transport::{Expected, MAX_OUTSTANDING_SENDS, Payload, Rank, Tag, Traffic},
 };
 
 pub(super) const CASES: &[Case] = &[
@@ -14,6 +14,11 @@ pub(super) const CASES: &[Case] = &[
         "a ring shift brings every buffer round",
         &[1, 2, 3, 4, 7],
         ring_shift,
+    ),
+    Case::messages(
+        "a receive may bring memory, a send yields memory with room for its message or none",
+        &[2, 3],
+        memory_for_memory,
     ),
     Case::messages(
         "messages are matched by tag, whatever their order",
@@ -79,6 +84,29 @@ fn ring_shift(stage: &Stage<'_>) {
             assert_eq!(held, telling((rank + world_size - hop) % world_size));
         }
         assert_eq!(endpoint.traffic().messages_received, world_size as u64 - 1);
+    });
+}
+
+fn memory_for_memory(stage: &Stage<'_>) {
+    const LEN: usize = 5;
+    stage.run(|endpoint| {
+        let (rank, world_size) = (endpoint.rank(), endpoint.world_size());
+        let (next, previous) = (
+            (rank + 1) % world_size,
+            (rank + world_size - 1) % world_size,
+        );
+        let message = |from: Rank| HostBuffer::F32(vec![from as f32; LEN]);
+        for (step, spare) in [LEN, 3 * LEN].into_iter().enumerate() {
+            // Its contents, and how much larger it is, must not matter.
+            let memory = Some(HostBuffer::F32(vec![f32::NAN; spare]));
+            let tag = tag(step as u32);
+            let incoming = endpoint.irecv_into(previous, tag, f32s(LEN), memory);
+            let outgoing = endpoint.isend(next, tag, message(rank)).unwrap();
+            assert_eq!(incoming.unwrap().wait().unwrap(), message(previous));
+            if let Some(memory) = outgoing.wait().unwrap() {
+                assert!(memory.dtype() == DType::F32 && memory.capacity() >= LEN);
+            }
+        }
     });
 }
 

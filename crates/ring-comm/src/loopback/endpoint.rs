@@ -3,7 +3,11 @@
 //! An endpoint is its rank's membership: dropping it means the rank has departed, or has panicked. Requests keep only the
 //! group alive, so they can be finished after the endpoint is gone.
 
-use std::{sync::Arc, thread, time::Duration};
+use std::{
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use super::{
     channel::Ticket,
@@ -12,9 +16,7 @@ use super::{
 use crate::{
     buffer::Buffer,
     error::{CommError, CommErrorKind},
-    transport::{
-        Expected, PendingRecv, PendingSend, Rank, RecvRequest, SendRequest, Tag, Traffic, Transport,
-    },
+    transport::{Expected, Rank, RecvRequest, SendRequest, Tag, Traffic, Transport},
 };
 
 /// One rank of a [`Loopback`](super::Loopback) group.
@@ -105,19 +107,28 @@ impl<B: Buffer> Transport<B> for LoopbackEndpoint<B> {
                 None => Attempt::Blocked(peer),
             }
         })?;
-        Ok(SendRequest::new(LoopbackSend(
-            self.request(subject, peer, ticket),
-        )))
+        let request = self.request(subject, peer, ticket);
+        Ok(SendRequest::loopback(LoopbackSend(request)))
     }
 
     fn irecv(&self, peer: Rank, tag: Tag, expected: Expected) -> Result<RecvRequest<B>, CommError> {
+        self.irecv_into(peer, tag, expected, None)
+    }
+
+    fn irecv_into(
+        &self,
+        peer: Rank,
+        tag: Tag,
+        expected: Expected,
+        mut memory: Option<B>,
+    ) -> Result<RecvRequest<B>, CommError> {
         let rank = self.rank();
         let subject = self.subject(peer, tag)?;
-        let ticket = self
-            .group()
-            .complete(subject, |state| Attempt::Done(state.post(rank, peer, tag)))?;
+        let ticket = self.group().complete(subject, |state| {
+            Attempt::Done(state.post(rank, peer, tag, memory.take()))
+        })?;
         let request = self.request(subject, peer, ticket);
-        Ok(RecvRequest::new(LoopbackRecv { request, expected }))
+        Ok(RecvRequest::loopback(LoopbackRecv { request, expected }))
     }
 
     fn all_gather_bytes(&self, operation: u64, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>, CommError> {
@@ -172,47 +183,46 @@ impl<B: Buffer> Drop for Request<B> {
 }
 
 #[derive(Debug)]
-struct LoopbackSend<B: Buffer>(Request<B>);
+pub(crate) struct LoopbackSend<B: Buffer>(Request<B>);
 
-impl<B: Buffer> PendingSend<B> for LoopbackSend<B> {
-    fn wait(mut self: Box<Self>) -> Result<Option<B>, CommError> {
+impl<B: Buffer> LoopbackSend<B> {
+    /// The receiver's memory, and when it took the message.
+    pub(crate) fn wait(mut self) -> Result<(Option<B>, Instant), CommError> {
         let Request {
             subject,
             peer,
             ticket,
             ..
         } = self.0;
-        self.0.group.complete(subject, |state| {
-            if state.is_taken(subject.rank, peer, ticket) {
-                Attempt::Done(())
-            } else {
-                Attempt::Blocked(peer)
-            }
-        })?;
+        let taken = self
+            .0
+            .group
+            .complete(subject, |state| state.finish(subject.rank, peer, ticket))?;
         self.0.is_finished = true;
-        Ok(None)
+        Ok(taken)
     }
 }
 
 #[derive(Debug)]
-struct LoopbackRecv<B: Buffer> {
+pub(crate) struct LoopbackRecv<B: Buffer> {
     request: Request<B>,
     expected: Expected,
 }
 
-impl<B: Buffer> PendingRecv<B> for LoopbackRecv<B> {
-    fn wait(mut self: Box<Self>) -> Result<B, CommError> {
+impl<B: Buffer> LoopbackRecv<B> {
+    /// The message, and when it arrived.
+    pub(crate) fn wait(mut self) -> Result<(B, Instant), CommError> {
         let Request {
             subject,
             peer,
             ticket,
             ..
         } = self.request;
-        let buffer = self.request.group.complete(subject, |state| {
+        let arrived = self.request.group.complete(subject, |state| {
             state.collect(subject.rank, peer, ticket, self.expected)
         })?;
         self.request.is_finished = true;
-        Ok(buffer)
+        Ok(arrived)
     }
 }
 

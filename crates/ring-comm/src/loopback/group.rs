@@ -232,12 +232,21 @@ impl<B: Buffer> State<B> {
         self.channel_mut(rank, peer).send(tag, buffer)
     }
 
-    pub(super) fn is_taken(&self, rank: Rank, peer: Rank, send: Ticket) -> bool {
-        self.channel(rank, peer).is_taken(send)
+    /// What a send yields when it is taken, and since when it is.
+    pub(super) fn finish(
+        &mut self,
+        rank: Rank,
+        peer: Rank,
+        send: Ticket,
+    ) -> Attempt<(Option<B>, Instant)> {
+        match self.channel_mut(rank, peer).finish(send) {
+            Some(taken) => Attempt::Done(taken),
+            None => Attempt::Blocked(peer),
+        }
     }
 
-    pub(super) fn post(&mut self, rank: Rank, peer: Rank, tag: Tag) -> Ticket {
-        self.channel_mut(peer, rank).post(tag)
+    pub(super) fn post(&mut self, rank: Rank, peer: Rank, tag: Tag, memory: Option<B>) -> Ticket {
+        self.channel_mut(peer, rank).post(tag, memory)
     }
 
     pub(super) fn collect(
@@ -246,8 +255,8 @@ impl<B: Buffer> State<B> {
         peer: Rank,
         receive: Ticket,
         expected: Expected,
-    ) -> Attempt<B> {
-        let Some(buffer) = self.channel_mut(peer, rank).collect(receive) else {
+    ) -> Attempt<(B, Instant)> {
+        let Some((buffer, arrived)) = self.channel_mut(peer, rank).collect(receive) else {
             return Attempt::Blocked(peer);
         };
         if buffer.dtype() != expected.dtype || buffer.len() != expected.len {
@@ -261,7 +270,7 @@ impl<B: Buffer> State<B> {
         let traffic = &mut self.traffic[rank];
         traffic.messages_received += 1;
         traffic.bytes_received += buffer.byte_len() as u64;
-        Attempt::Done(buffer)
+        Attempt::Done((buffer, arrived))
     }
 
     /// Puts the rank's part into the round, once, and yields all parts when they are there.

@@ -41,10 +41,10 @@ pub(super) fn zeroed<T: Element>(
     len: usize,
     reuse: Option<HostBuffer>,
 ) -> Result<Vec<T>, KernelError> {
-    // Too small memory would be copied to grow, and both held for a while; too large memory would travel from rank to rank.
+    // Too small memory would be copied to grow, and both held for a while. How much may be left over is for who offers it to say.
     let mut values = reuse
         .and_then(T::take)
-        .filter(|values| values.capacity() == len)
+        .filter(|values| values.capacity() >= len)
         .unwrap_or_default();
     values.clear();
     values

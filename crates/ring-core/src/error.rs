@@ -1,0 +1,55 @@
+//! What can go wrong: [`enum@Error`].
+
+use ring_comm::{CommError, buffer::DType};
+use ring_kernels::KernelError;
+use thiserror::Error;
+
+use crate::spec::SpecError;
+
+/// A distributed attention that could not be computed.
+#[derive(Clone, Debug, PartialEq, Error)]
+pub enum Error {
+    /// The computation is not possible.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// A kernel failed; all ranks of the group are told.
+    #[error("attention kernel failed on rank {rank}: {source}")]
+    Kernel {
+        /// The rank whose kernel failed.
+        rank: usize,
+        /// What it said.
+        source: KernelError,
+    },
+    /// The exchange failed.
+    #[error("attention exchange failed in {step}: {source}")]
+    Comm {
+        /// What the rank was about.
+        step: String,
+        /// Who, with whom, what and why.
+        source: CommError,
+    },
+    /// The plan was made for another rank or another number of ranks.
+    #[error(
+        "the plan is for rank {plan_rank} of {plan_ranks}, the communicator is rank {rank} of {ranks}"
+    )]
+    WrongPlan {
+        /// Rank of the plan.
+        plan_rank: usize,
+        /// Ranks of the plan.
+        plan_ranks: usize,
+        /// Rank of the communicator.
+        rank: usize,
+        /// Ranks of the communicator.
+        ranks: usize,
+    },
+    /// A tensor has another element type than the plan says.
+    #[error("{what} is {got}, the plan is for {expected}")]
+    DType {
+        /// Which tensor.
+        what: &'static str,
+        /// Its type.
+        got: DType,
+        /// The plan's type.
+        expected: DType,
+    },
+}
