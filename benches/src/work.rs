@@ -86,9 +86,9 @@ impl Work {
         } else {
             Sharding::Contiguous
         };
-        Ok(AttentionSpec::new(self.pattern()?, shape, self.length)?
+        AttentionSpec::new(self.pattern()?, shape, self.length)?
             .with_dtype(self.dtype)
-            .sharded(sharding, ranks)?)
+            .sharded(sharding, ranks)
     }
 
     /// Offsets are torchscale's, so that outputs can be compared; the amount of work is the same with LongNet's.

@@ -5,10 +5,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::compare::{Case, CompareError, side::Side, stage::Stage};
+use crate::compare::{Case, CompareError, Unit, side::Side, stage::Stage};
 
 /// Fewest pairs whose median counts.
 pub const FEWEST_PAIRS: usize = 5;
+
+/// Bytes hardly differ from run to run, and each run takes a fresh process.
+const PAIRS_OF_BYTES: usize = 3;
 
 /// A case that has taken longer is content with [`FEWEST_PAIRS`].
 const PATIENCE: Duration = Duration::from_secs(40);
@@ -114,6 +117,10 @@ pub fn run(
         theirs: Vec::new(),
         disturbance: 0.0,
         peak_bytes: None,
+    };
+    let pairs = match case.unit() {
+        Unit::Bytes => pairs.min(PAIRS_OF_BYTES),
+        Unit::Flops | Unit::Tokens => pairs,
     };
     let start = Instant::now();
     for pair in 0..pairs {

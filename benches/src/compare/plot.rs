@@ -51,7 +51,7 @@ pub fn draw(file: &Path, report: &Report) -> Result<(), CompareError> {
 fn draw_on(area: &Area<'_>, report: &Report) -> Drawn {
     area.fill(&WHITE)?;
     let title = "Median ratio of our rate to theirs; the black mark is the bar";
-    area.draw_text(title, &text(16, BLACK.into(), HPos::Left), (MARGIN, 24))?;
+    area.draw_text(title, &text(16, BLACK, HPos::Left), (MARGIN, 24))?;
     axis(area, height(report) - AXIS)?;
     let mut top = TITLE;
     for section in Section::ALL {
@@ -66,7 +66,7 @@ fn draw_section(area: &Area<'_>, report: &Report, section: Section, top: i32) ->
     if outcomes.peek().is_none() {
         return Ok(top);
     }
-    let heading = text(13, BLACK.into(), HPos::Left);
+    let heading = text(13, BLACK, HPos::Left);
     area.draw_text(section.title(), &heading, (MARGIN, top + HEADING / 2 + 2))?;
     let mut row = top + HEADING;
     for outcome in outcomes {

@@ -67,7 +67,7 @@ impl Report {
             self.outcomes.len(),
             machine::processor(),
             machine::cores(),
-            machine::memory_bytes().map_or("unknown".into(), |bytes| gigabytes(bytes as f64)),
+            machine::memory_bytes().map_or("unknown".into(), |bytes| memory(bytes as f64)),
             machine::operating_system(),
             Instructions::detect().name(),
             self.torch.as_deref().unwrap_or("not used"),
@@ -90,7 +90,7 @@ impl Report {
         let rates = match section.unit() {
             Unit::Flops => "GFLOP/s, ours / theirs",
             Unit::Tokens => "tokens/s, ours / theirs",
-            Unit::Bytes => "less",
+            Unit::Bytes => "saved",
         };
         let (title, explanation) = (section.title(), section.explanation());
         format!(
@@ -109,7 +109,7 @@ impl Report {
                 let met = verdict(peak <= GROWTH_GIGABYTES * 1e9);
                 format!(
                     "\nMost memory the process ever held, inputs and both lengths included: {} (bar: {GROWTH_GIGABYTES} GB, {met}).\n",
-                    gigabytes(peak)
+                    memory(peak)
                 )
             }
             _ => String::new(),
@@ -163,7 +163,7 @@ fn verdict(is_met: bool) -> &'static str {
 fn costs(unit: Unit, costs: &[f64]) -> String {
     let Spread { min, median, .. } = Spread::of(costs);
     let [median, min] = [median, min].map(|cost| match unit {
-        Unit::Bytes => gigabytes(cost),
+        Unit::Bytes => memory(cost),
         Unit::Flops | Unit::Tokens => seconds(cost),
     });
     format!("{median} ({min})")
@@ -186,8 +186,12 @@ fn seconds(seconds: f64) -> String {
     }
 }
 
-fn gigabytes(bytes: f64) -> String {
-    format!("{:.2} GB", bytes / 1e9)
+fn memory(bytes: f64) -> String {
+    if bytes < 1e9 {
+        format!("{:.0} MB", bytes / 1e6)
+    } else {
+        format!("{:.2} GB", bytes / 1e9)
+    }
 }
 
 #[cfg(test)]
@@ -245,7 +249,7 @@ mod tests {
         let memory = outcome(Section::LongNetMemory, &[1e8], &[1e9]);
         let row = row(&memory);
         assert!(
-            row.contains("| 0.10 GB (0.10 GB) | 1.00 GB (1.00 GB) | 90% | 1 | **10.00**"),
+            row.contains("| 100 MB (100 MB) | 1.00 GB (1.00 GB) | 90% | 1 | **10.00**"),
             "{row}"
         );
     }

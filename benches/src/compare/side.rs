@@ -16,7 +16,7 @@ pub enum Side {
     /// The drivers of this workspace.
     Ranks(LoopbackRanks),
     /// The Burn module.
-    Module(Module),
+    Module(Box<Module>),
     /// Multiply-adds in registers.
     FmaChains,
     /// PyTorch.
@@ -66,7 +66,9 @@ impl Side {
                 ranks,
                 threads,
             } => Side::Ranks(LoopbackRanks::new(work, *ranks, *threads)?),
-            Contender::Module { work, threads } => Side::Module(Module::new(work, *threads)),
+            Contender::Module { work, threads } => {
+                Side::Module(Box::new(Module::new(work, *threads)))
+            }
             Contender::FmaChains => Side::FmaChains,
             Contender::Torch { work, threads } => Self::torch(stage, work, 1, *threads)?,
             Contender::TorchRing { work, ranks } => Self::torch(stage, work, *ranks, 1)?,
