@@ -1,11 +1,19 @@
 //! What the benchmarks and measurements of this workspace have in common.
 //!
+//! - [`work`]: what is to be computed, as this workspace and PyTorch both understand it;
+//! - [`workload`]: random shards of one attention, and the drivers over loopback ranks;
+//! - [`module`]: the Burn module around them;
+//! - [`compare`]: side-by-side runs against PyTorch, and of this workspace against itself;
+//! - [`machine`]: the machine that measures;
 //! - [`heap`]: a counting allocator, and what one thread held at most;
 //! - [`metered`]: a transport that charges every message to the rank that holds it;
-//! - [`workload`]: random shards of one attention, and the drivers over loopback ranks;
 //! - [`memory`]: bytes per rank, measured and estimated.
 
+pub mod compare;
 pub mod heap;
+pub mod machine;
 pub mod memory;
 pub mod metered;
+pub mod module;
+pub mod work;
 pub mod workload;

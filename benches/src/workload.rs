@@ -73,6 +73,11 @@ impl Rank {
         }
     }
 
+    /// Queries, keys, values, and the gradient that reaches the output: own rows, `[batch, heads, rows, head_dim]`.
+    pub fn tensors(&self) -> [&HostBuffer; 4] {
+        [&self.query, &self.key, &self.value, &self.grad_output]
+    }
+
     fn inputs(&self) -> Inputs<'_, HostBuffer> {
         Inputs {
             query: Tensor {

@@ -2,10 +2,11 @@
 //!
 //!     cargo run --release -p ring-benches --bin memory
 
-use std::{fs, io, path::Path, process::Command, thread::available_parallelism};
+use std::{fs, io, path::Path};
 
 use ring_benches::{
     heap::CountingAllocator,
+    machine,
     memory::{estimates, measure_ranks, worst},
 };
 use ring_core::{AttentionSpec, Pattern, Plan, Shape, Sharding};
@@ -82,9 +83,9 @@ fn head() -> String {
          inputs included, in the backward; \"scores\" are the bytes of one head's N x N matrix in f32, which never exists here.\n\n\
          Batch {batch}, {query_heads} query heads, {kv_heads} key/value heads of {head_dim} elements, f32. MiB = 2^20 bytes.\n\n\
          - Machine: {}, {} cores in use\n- Date: {}\n- Command: `{COMMAND}`\n",
-        processor(),
-        available_parallelism().map_or(1, usize::from),
-        output("date", &["-u", "+%Y-%m-%d"]),
+        machine::processor(),
+        machine::cores(),
+        machine::date(),
     )
 }
 
@@ -128,24 +129,4 @@ fn line(pattern: Pattern, sharding: Sharding, ranks: usize, length: usize) -> St
 
 fn mib(bytes: u64) -> String {
     format!("{:.2}", bytes as f64 / f64::from(1 << 20))
-}
-
-fn processor() -> String {
-    let listing = output("lscpu", &[]);
-    listing
-        .lines()
-        .find_map(|line| line.strip_prefix("Model name:"))
-        .map_or_else(
-            || "unknown processor".into(),
-            |name| name.trim().to_string(),
-        )
-}
-
-/// What a program prints, or nothing if it cannot be run.
-fn output(program: &str, arguments: &[&str]) -> String {
-    Command::new(program)
-        .args(arguments)
-        .output()
-        .map(|output| String::from_utf8_lossy(&output.stdout).trim().to_string())
-        .unwrap_or_default()
 }
