@@ -8,8 +8,8 @@ attention inside a segment. Here is the same computation, equation for equation,
 3. put outputs and log-sum-exps back where their positions are, zero and minus infinity elsewhere (`spread`);
 4. add the branches up, weighed by the softmax of their log-sum-exps; as there, no gradient passes through the weights.
 
-The forward pass is LongNet's. Because of 4, the gradients of queries and keys are not those of the function that is computed;
-the gradient of the values is.
+Tensors are laid out and copied as there, since time and memory depend on it. The forward pass is LongNet's. Because of 4, the
+gradients of queries and keys are not those of the function that is computed; the gradient of the values is.
 """
 
 import torch
@@ -25,35 +25,42 @@ class DilatedAttention(FullAttention):
 
     def __init__(self, work, tensors=None):
         super().__init__(work, tensors)
-        self.inputs = [
-            tensor.detach().transpose(1, 2).contiguous().requires_grad_(work.backward) for tensor in self.inputs
-        ]
+        self.inputs = [rows_first(tensor.detach()).requires_grad_(work.backward) for tensor in self.inputs]
+        if work.backward:
+            self.grad_output = rows_first(self.grad_output)
 
     def attend(self):
-        """Output [1, heads, length, head_dim]."""
-        pattern = zip(self.work.segment_lengths, self.work.dilation_rates)
-        outputs, log_sum_exps = zip(*(self.branch(segment, rate) for segment, rate in pattern))
-        return sum(output * weight for output, weight in zip(outputs, branch_weights(log_sum_exps)))
+        """Output [1, length, heads, head_dim]."""
+        pattern = list(zip(self.work.segment_lengths, self.work.dilation_rates))
+        sparse = [self.branch(segment, rate) for segment, rate in pattern]
+        outputs = [spread(output, rate) for (output, _), (_, rate) in zip(sparse, pattern)]
+        log_sum_exps = [spread_log_sum_exp(log_sum_exp, rate) for (_, log_sum_exp), (_, rate) in zip(sparse, pattern)]
+        mixed = sum(output * weight for output, weight in zip(outputs, branch_weights(log_sum_exps)))
+        return rows_first(mixed)
 
     def forward_and_backward(self):
         output, gradients = super().forward_and_backward()
-        return output, [gradient.transpose(1, 2) for gradient in gradients]
+        return output.transpose(1, 2), [gradient.transpose(1, 2) for gradient in gradients]
 
     def branch(self, segment, rate):
-        """Output [1, heads, length, head_dim] and log-sum-exp [1, heads, length, 1] of one branch."""
+        """Output and log-sum-exp of one branch, [segments, heads, rows, head_dim] and [segments, heads, rows]."""
         query, key, value = (thin_out(tensor, segment, rate) for tensor in self.inputs)
-        output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, self.work.causal
-        )
-        return spread(output, rate), spread_log_sum_exp(log_sum_exp, rate)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, self.work.causal)
+
+
+def rows_first(tensor):
+    """[1, heads, length, head_dim] to [1, length, heads, head_dim], in memory too."""
+    return tensor.transpose(1, 2).contiguous()
 
 
 def thin_out(tensor, segment, rate):
-    """[1, length, heads, head_dim] to [segments, heads, segment / rate, head_dim]: block j of the heads keeps positions j, j + rate, ..."""
+    """[1, length, heads, head_dim] to [segments, heads, segment / rate, head_dim]: block j of the heads keeps positions
+    j, j + rate, ... of a segment."""
     _, length, heads, head_dim = tensor.shape
     blocks = tensor.view(length // segment, segment // rate, rate, rate, heads // rate, head_dim)
     kept = torch.diagonal(blocks, dim1=2, dim2=3)  # [segments, rows, heads of a block, head_dim, block]
-    return kept.permute(0, 1, 4, 2, 3).reshape(-1, segment // rate, heads, head_dim).transpose(1, 2)
+    kept = kept.permute(0, 1, 4, 2, 3).reshape(-1, segment // rate, heads, head_dim)
+    return kept.transpose(1, 2).contiguous()
 
 
 def spread(rows, rate):
@@ -61,7 +68,8 @@ def spread(rows, rate):
     segments, heads, count, head_dim = rows.shape
     blocks = rows.transpose(1, 2).reshape(segments, count, rate, heads // rate, head_dim).permute(0, 1, 3, 4, 2)
     dense = torch.diag_embed(blocks, dim1=4, dim2=5)  # [segments, rows, heads of a block, head_dim, offset, block]
-    return dense.permute(5, 2, 0, 1, 4, 3).reshape(1, heads, -1, head_dim)
+    dense = dense.permute(0, 5, 2, 1, 4, 3).reshape(segments, heads, count * rate, head_dim)
+    return dense.transpose(0, 1).reshape(1, heads, -1, head_dim)
 
 
 def spread_log_sum_exp(log_sum_exp, rate):

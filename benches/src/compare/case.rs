@@ -127,7 +127,7 @@ impl Section {
             Section::LongNetMemory => "Memory of LongNet against torchscale",
             Section::RingEfficiency => "Two ranks against two threads",
             Section::TorchRing => "Ring attention against PyTorch's",
-            Section::Growth => "A million positions against a few",
+            Section::Growth => "A long sequence against a short one",
             Section::Module => "The Burn module against the drivers",
         }
     }

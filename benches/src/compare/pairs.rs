@@ -153,7 +153,7 @@ fn watched(side: &mut Side, stage: &Stage) -> Result<(f64, f64), CompareError> {
     thread::sleep(PAUSE);
     let (ticks, start) = (stage.processor_ticks(), Instant::now());
     let cost = side.run()?;
-    let used = (stage.processor_ticks() - ticks) as f64 * TICK;
+    let used = stage.processor_ticks().saturating_sub(ticks) as f64 * TICK;
     Ok((cost, used / start.elapsed().as_secs_f64()))
 }
 
