@@ -7,7 +7,8 @@
 //!
 //! Set `RING_TRACE=FILE` to trace every [`Communicator`](crate::Communicator) of a process; ranks that are threads of it share
 //! the file. Of several processes each needs a file of its own: `%p` in the name stands for the number of the process.
-//! The file is valid JSON after every pass. Without the variable nothing is recorded.
+//! Groups in one process that have a rank number in common have its row in common. The file is valid JSON after every pass.
+//! Without the variable nothing is recorded.
 
 use std::{
     collections::BTreeSet,

@@ -94,14 +94,33 @@ impl Letter {
         }
     }
 
-    /// How a trace names what `[receives, sends]` it.
-    fn names(self) -> [&'static str; 2] {
+    fn pick(self, names: Names) -> &'static str {
         match self.payload {
-            Payload::KeyValueGradient => ["receive gradients", "send gradients"],
-            _ => ["receive keys and values", "send keys and values"],
+            Payload::KeyValueGradient => names.gradients,
+            _ => names.key_values,
         }
     }
 }
+
+/// How a trace names what becomes of messages.
+#[derive(Clone, Copy)]
+struct Names {
+    wait: &'static str,
+    key_values: &'static str,
+    gradients: &'static str,
+}
+
+const RECEIVE: Names = Names {
+    wait: "wait to receive",
+    key_values: "receive keys and values",
+    gradients: "receive gradients",
+};
+
+const SEND: Names = Names {
+    wait: "wait to send",
+    key_values: "send keys and values",
+    gradients: "send gradients",
+};
 
 impl<B: Buffer, K: Kernels<B>> Exchanger<'_, B, K> {
     /// Posts a hop's keys and values: the receive first, then the send.
@@ -141,11 +160,11 @@ impl<B: Buffer, K: Kernels<B>> Exchanger<'_, B, K> {
     /// Waits for what is under way and yields what arrived.
     pub(crate) fn wait(&self, in_flight: InFlight<B>) -> Result<Option<B>, Error> {
         let arrived = match in_flight.receive {
-            Some(posted) => Some(self.finish(posted, 0, RecvRequest::wait_timed)?),
+            Some(posted) => Some(self.finish(posted, RECEIVE, RecvRequest::wait_timed)?),
             None => None,
         };
         if let Some(posted) = in_flight.send {
-            self.give(self.finish(posted, 1, SendRequest::wait_timed)?);
+            self.give(self.finish(posted, SEND, SendRequest::wait_timed)?);
         }
         Ok(arrived)
     }
@@ -238,29 +257,25 @@ impl<B: Buffer, K: Kernels<B>> Exchanger<'_, B, K> {
         })
     }
 
-    /// Waits for one request; `direction` is 0 for a receive, 1 for a send.
+    /// Waits for one request.
     fn finish<R, T>(
         &self,
         posted: Posted<R>,
-        direction: usize,
+        names: Names,
         wait: impl FnOnce(R) -> Result<(T, Instant), CommError>,
     ) -> Result<T, Error> {
         let letter = posted.letter;
-        let waits_since = self.now_if_traced();
-        let (value, completed) =
-            wait(posted.request).map_err(|source| self.comm_error(letter, source))?;
-        if let (Some(trace), Some(posted), Some(waits_since)) =
-            (self.communicator.trace(), posted.since, waits_since)
-        {
-            let (name, ended) = (letter.names()[direction], Instant::now());
-            let details = self.details(letter);
-            let wait_name = ["wait to receive", "wait to send"][direction];
-            trace.record(Activity::Wait, wait_name, details, waits_since, ended);
+        let details = self.details(letter);
+        let (value, completed) = self
+            .communicator
+            .timed(Activity::Wait, names.wait, details, || wait(posted.request))
+            .map_err(|source| self.comm_error(letter, source))?;
+        if let (Some(trace), Some(since)) = (self.communicator.trace(), posted.since) {
             let transfer = Transfer {
-                name,
-                posted,
+                name: letter.pick(names),
+                posted: since,
                 completed,
-                ended,
+                ended: Instant::now(),
             };
             trace.record_transfer(transfer, details);
         }
