@@ -4,8 +4,9 @@
 //! there are two: the sender's, until the message is taken, and the receiver's, from the moment the receive is posted. Each
 //! rank is charged for that, whatever the other does:
 //!
-//! - a sender holds its message from `isend` to the end of the send's wait;
-//! - a receiver holds room for its message from `irecv` to the end of the receive's wait, and then the message itself.
+//! - a sender holds its message from `isend` to the end of the send's wait, and then what the send yields;
+//! - a receiver holds room for its message from `irecv` to the end of the receive's wait, and then the message itself. Memory
+//!   that it brings is that room.
 
 use std::{fmt, time::Duration};
 
@@ -51,9 +52,23 @@ impl<T: Transport<HostBuffer> + fmt::Debug> Transport<HostBuffer> for Metered<T>
         tag: Tag,
         expected: Expected,
     ) -> Result<RecvRequest<HostBuffer>, CommError> {
-        let inner = self.0.irecv(peer, tag, expected)?;
-        let bytes = (expected.len * expected.dtype.size()) as i64;
-        charge(bytes);
+        self.irecv_into(peer, tag, expected, None)
+    }
+
+    fn irecv_into(
+        &self,
+        peer: Rank,
+        tag: Tag,
+        expected: Expected,
+        memory: Option<HostBuffer>,
+    ) -> Result<RecvRequest<HostBuffer>, CommError> {
+        let room = (expected.len * expected.dtype.size()) as i64;
+        let brought = memory.as_ref().map(held_by);
+        let inner = self.0.irecv_into(peer, tag, expected, memory)?;
+        if brought.is_none() {
+            charge(room);
+        }
+        let bytes = brought.unwrap_or(room);
         Ok(RecvRequest::new(MeteredRecv { inner, bytes }))
     }
 
@@ -83,10 +98,8 @@ struct MeteredSend {
 impl PendingSend<HostBuffer> for MeteredSend {
     fn wait(self: Box<Self>) -> Result<Option<HostBuffer>, CommError> {
         let returned = self.inner.wait()?;
-        if returned.is_none() {
-            // The receiver has it now, and will release it.
-            charge(-self.bytes);
-        }
+        // The receiver has the message now, and will release it.
+        charge(returned.as_ref().map_or(0, held_by) - self.bytes);
         Ok(returned)
     }
 }
