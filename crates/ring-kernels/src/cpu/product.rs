@@ -8,6 +8,9 @@
 //! Every element of `C` is one chain of multiply-adds along the depth, begun at 0 or at `C`. Its value therefore does not
 //! depend on how rows are grouped into blocks; the independence of results from the number of threads rests on this.
 
+// `copy_from_slice` of a few vectors may become a call, which would spill them all.
+#![allow(clippy::manual_memcpy)]
+
 use super::format::{Format, Vectors};
 
 /// Vectors that a panel is wide.

@@ -6,6 +6,9 @@
 //!
 //! Everything is to base 2: scores are multiplied by `scale log2 e`.
 
+// `copy_from_slice` of a few vectors may become a call, which would spill them all.
+#![allow(clippy::manual_memcpy)]
+
 use super::format::{Format, Vectors};
 use super::rows::{first_seeing, visible};
 use super::scratch::QUERY_TILE;
