@@ -94,7 +94,7 @@ impl CpuKernels {
     }
 
     /// Bytes of scratch memory that `threads` threads hold once they have computed a backward pass; a forward pass needs
-    /// less. Per thread about 0.6 MiB for head size 64, 1 MiB for 256.
+    /// less. Per thread about 0.6 MiB for head size 64, 1.1 MiB for 128, 1.5 MiB for 256.
     pub const fn scratch_bytes(head_dim: usize, threads: usize) -> usize {
         let (forward, backward) = (
             forward::scratch_words(head_dim),
