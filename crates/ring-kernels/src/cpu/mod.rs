@@ -138,7 +138,7 @@ impl Kernels<HostBuffer> for CpuKernels {
         len: usize,
         reuse: Option<HostBuffer>,
     ) -> Result<HostBuffer, KernelError> {
-        memory::allocate(dtype, len, reuse)
+        memory::allocate(&self.workers.threads, dtype, len, reuse)
     }
 
     fn dtype(&self, view: HostView<'_>) -> DType {
@@ -153,17 +153,19 @@ impl Kernels<HostBuffer> for CpuKernels {
         rows: &PackedRows,
         reuse: Option<HostBuffer>,
     ) -> Result<HostBuffer, KernelError> {
-        pack::pack(problem, key.into(), value.into(), rows, reuse)
+        let threads = &self.workers.threads;
+        pack::pack(threads, problem, key.into(), value.into(), rows, reuse)
     }
 
     fn start(&self, problem: &Problem) -> Result<ForwardState<HostBuffer>, KernelError> {
         let sizes = check::problem(problem)?;
-        let mut max = memory::zeroed::<f32>(sizes.query_rows, None)?;
-        max.fill(f32::NEG_INFINITY);
+        let threads = &self.workers.threads;
+        let mut max = memory::room::<f32>(threads, sizes.query_rows, None)?;
+        memory::fill(threads, &mut max, f32::NEG_INFINITY)?;
         Ok(ForwardState {
-            output: memory::allocate(DType::F32, sizes.query_elements, None)?,
+            output: memory::allocate(threads, DType::F32, sizes.query_elements, None)?,
             max: HostBuffer::F32(max),
-            denominator: memory::allocate(DType::F32, sizes.query_rows, None)?,
+            denominator: memory::allocate(threads, DType::F32, sizes.query_rows, None)?,
         })
     }
 
@@ -249,7 +251,7 @@ impl Kernels<HostBuffer> for CpuKernels {
     fn round(&self, buffer: HostBuffer, dtype: DType) -> Result<HostBuffer, KernelError> {
         check::dtype("the buffer to round", buffer.dtype(), DType::F32)?;
         match buffer {
-            HostBuffer::F32(values) => memory::round(values, dtype),
+            HostBuffer::F32(values) => memory::round(&self.workers.threads, values, dtype),
             _ => unreachable!("the element type was checked"),
         }
     }

@@ -6,7 +6,7 @@ use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
 
 use super::check;
 use super::format::widen;
-use super::memory::{round, zeroed};
+use super::memory::{room, round, zeroed};
 use super::rows::{pieces, range_len};
 use super::scratch::HostTensor;
 use super::threads::Threads;
@@ -49,7 +49,7 @@ pub(super) fn finish(
     let HostBuffer::F32(output) = output else {
         unreachable!("the element type was checked")
     };
-    Ok((round(output, dtype)?, max))
+    Ok((round(threads, output, dtype)?, max))
 }
 
 /// `max` becomes the log-sum-exp.
@@ -84,13 +84,13 @@ pub(super) fn delta(
         .transpose()?;
 
     let head_dim = problem.head_dim;
-    let mut delta = zeroed::<f32>(sizes.query_rows, None)?;
+    let mut delta = zeroed::<f32>(threads, sizes.query_rows, None)?;
     let len = range_len(sizes.query_rows, pieces(1, threads.count()));
     let tasks = delta.chunks_mut(len).enumerate();
     let scratch = || {
         Ok([
-            zeroed::<f32>(head_dim, None)?,
-            zeroed::<f32>(head_dim, None)?,
+            room::<f32>(&Threads::Caller, head_dim, None)?,
+            room::<f32>(&Threads::Caller, head_dim, None)?,
         ])
     };
     threads.run(tasks, scratch, |[output_row, grad_row], (range, delta)| {

@@ -4,12 +4,14 @@ use half::{bf16, f16};
 use ring_comm::buffer::{Buffer, HostBuffer, HostView};
 
 use super::check;
-use super::memory::{Element, zeroed};
+use super::memory::{Element, room};
 use super::scratch::HostTensor;
+use super::threads::Threads;
 use crate::{KernelError, PackedRows, Problem, RowLayout};
 
 /// Copies the rows that travel into a message; see [`Kernels::pack`](crate::Kernels::pack).
 pub(super) fn pack(
+    threads: &Threads,
     problem: &Problem,
     key: HostTensor<'_>,
     value: HostTensor<'_>,
@@ -23,18 +25,21 @@ pub(super) fn pack(
     check::packed_rows(problem, rows)?;
     match (key.data, value.data) {
         (HostView::F32(keys), HostView::F32(values)) => copy::<f32>(
+            threads,
             problem,
             [(keys, key.layout), (values, value.layout)],
             rows,
             reuse,
         ),
         (HostView::F16(keys), HostView::F16(values)) => copy::<f16>(
+            threads,
             problem,
             [(keys, key.layout), (values, value.layout)],
             rows,
             reuse,
         ),
         (HostView::BF16(keys), HostView::BF16(values)) => copy::<bf16>(
+            threads,
             problem,
             [(keys, key.layout), (values, value.layout)],
             rows,
@@ -45,12 +50,13 @@ pub(super) fn pack(
 }
 
 fn copy<T: Element>(
+    threads: &Threads,
     problem: &Problem,
     sources: [(&[T], &RowLayout); 2],
     rows: &PackedRows,
     reuse: Option<HostBuffer>,
 ) -> Result<HostBuffer, KernelError> {
-    let mut message = zeroed::<T>(rows.len, reuse)?;
+    let mut message = room::<T>(threads, rows.len, reuse)?;
     let (keys, values) = message.split_at_mut(rows.len / 2);
     for (half, (source, layout)) in [keys, values].into_iter().zip(sources) {
         for_each_row(problem, rows, |batch, head, row, packed| {
