@@ -8,6 +8,7 @@
 mod collectives;
 mod exchange;
 mod faults;
+mod groups;
 mod misuse;
 
 use std::{
@@ -130,6 +131,7 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
     [
         exchange::CASES,
         collectives::CASES,
+        groups::CASES,
         misuse::CASES,
         faults::CASES,
     ]
@@ -203,11 +205,7 @@ impl Stage<'_> {
 }
 
 fn tag(step: u32) -> Tag {
-    Tag {
-        operation: 0,
-        step,
-        payload: Payload::KeyValue,
-    }
+    Tag::new(0, step, Payload::KeyValue)
 }
 
 fn f32s(len: usize) -> Expected {

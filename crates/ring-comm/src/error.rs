@@ -9,7 +9,7 @@ use crate::{
     transport::{Rank, Tag},
 };
 
-/// A failed communication, seen from one rank.
+/// A failed communication, seen from one rank. Ranks are those of the whole, also if it happened in a group split off.
 ///
 /// `Clone`, because the error that poisons a group is returned to every rank and from every later call.
 #[derive(Clone, Debug, PartialEq, Error)]
@@ -91,15 +91,17 @@ pub enum CommErrorKind {
 
 /// What ranks disagree on.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("rank {culprit} has {field} = {theirs}, rank 0 has {ours}")]
+#[error("rank {culprit} has {field} = {theirs}, rank {reference} has {ours}")]
 pub struct Disagreement {
-    /// The first rank that differs from rank 0.
+    /// The first rank that differs from the first of its group.
     pub culprit: Rank,
+    /// The first rank of the group: rank 0, unless it was split off.
+    pub reference: Rank,
     /// The field in which it differs.
     pub field: String,
     /// Its value there.
     pub theirs: String,
-    /// The value on rank 0.
+    /// The value on the first rank.
     pub ours: String,
 }
 
@@ -142,11 +144,7 @@ mod tests {
     use crate::transport::Payload;
 
     fn deadline_error() -> CommError {
-        let tag = |step| Tag {
-            operation: 4,
-            step,
-            payload: Payload::KeyValue,
-        };
+        let tag = |step| Tag::new(4, step, Payload::KeyValue);
         CommError {
             rank: 1,
             peer: Some(2),

@@ -41,7 +41,7 @@
 //!
 //! fn swap(endpoint: LoopbackEndpoint<HostBuffer>) -> Result<(HostBuffer, f64), CommError> {
 //!     let communicator = Communicator::new(Arc::new(endpoint));
-//!     let tag = Tag { operation: communicator.next_operation(), step: 0, payload: Payload::KeyValue };
+//!     let tag = Tag::new(communicator.next_operation(), 0, Payload::KeyValue);
 //!     let peer = 1 - communicator.rank();
 //!
 //!     // Post the receive, then the send, then do something useful, then wait.
@@ -69,6 +69,7 @@ pub mod conformance;
 mod error;
 mod loopback;
 pub mod pool;
+mod subgroup;
 pub mod trace;
 mod transport;
 

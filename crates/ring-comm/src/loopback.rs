@@ -112,11 +112,7 @@ mod tests {
     };
 
     const DEADLINE: Duration = Duration::from_secs(30);
-    const TAG: Tag = Tag {
-        operation: 0,
-        step: 0,
-        payload: Payload::KeyValue,
-    };
+    const TAG: Tag = Tag::new(0, 0, Payload::KeyValue);
 
     #[test]
     fn a_buffer_moves_without_a_copy() {

@@ -173,11 +173,7 @@ mod tests {
     use crate::transport::Payload;
 
     fn tag(step: u32) -> Tag {
-        Tag {
-            operation: 0,
-            step,
-            payload: Payload::Custom(0),
-        }
+        Tag::new(0, step, Payload::Custom(0))
     }
 
     #[test]

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     buffer::Buffer,
     error::{CommError, CommErrorKind},
-    transport::{Expected, Rank, RecvRequest, SendRequest, Tag, Traffic, Transport},
+    transport::{Expected, GroupId, Rank, RecvRequest, SendRequest, Tag, Traffic, Transport},
 };
 
 /// One rank of a [`Loopback`](super::Loopback) group.
@@ -131,16 +131,22 @@ impl<B: Buffer> Transport<B> for LoopbackEndpoint<B> {
         Ok(RecvRequest::loopback(LoopbackRecv { request, expected }))
     }
 
-    fn all_gather_bytes(&self, operation: u64, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>, CommError> {
+    fn all_gather_bytes_among(
+        &self,
+        group: GroupId,
+        members: &[Rank],
+        operation: u64,
+        bytes: Vec<u8>,
+    ) -> Result<Vec<Vec<u8>>, CommError> {
         let rank = self.rank();
         let subject = Subject {
             rank,
             peer: None,
-            tag: gather_tag(operation),
+            tag: gather_tag(group, operation),
         };
         let mut part = Some(bytes);
         self.group().complete(subject, |state| {
-            state.all_gather(rank, operation, &mut part)
+            state.all_gather(rank, (group, operation), members, &mut part)
         })
     }
 

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     buffer::Buffer,
     error::{CommError, CommErrorKind},
-    transport::{Expected, Payload, Rank, Tag, Traffic},
+    transport::{Expected, GroupId, Payload, Rank, Tag, Traffic},
 };
 
 /// What a call is about: the head of every error it returns.
@@ -58,9 +58,11 @@ pub(super) enum Attempt<T> {
     Failed(CommErrorKind),
 }
 
-/// One all-gather under way; forgotten when every rank has taken its copy.
+/// One all-gather under way; forgotten when every member has taken its copy.
 #[derive(Debug)]
 struct Round {
+    members: Vec<Rank>,
+    /// Of each member.
     parts: Vec<Option<Vec<u8>>>,
     taken: usize,
 }
@@ -70,7 +72,7 @@ pub(super) struct State<B> {
     world_size: usize,
     /// From rank `s` to rank `d` at index `s * world_size + d`.
     channels: Vec<Channel<B>>,
-    rounds: BTreeMap<u64, Round>,
+    rounds: BTreeMap<(GroupId, u64), Round>,
     departed: Vec<bool>,
     traffic: Vec<Traffic>,
     cause: Option<CommError>,
@@ -277,15 +279,19 @@ impl<B: Buffer> State<B> {
     pub(super) fn all_gather(
         &mut self,
         rank: Rank,
-        operation: u64,
+        key: (GroupId, u64),
+        members: &[Rank],
         part: &mut Option<Vec<u8>>,
     ) -> Attempt<Vec<Vec<u8>>> {
         let round = self
             .rounds
-            .entry(operation)
-            .or_insert_with(|| Round::new(self.world_size));
-        if let Some(part) = part.take_if(|_| round.parts[rank].is_none()) {
-            round.parts[rank] = Some(part);
+            .entry(key)
+            .or_insert_with(|| Round::new(members));
+        let Some(own) = round.part_of(rank) else {
+            return Attempt::Failed(CommErrorKind::InvalidPeer(rank));
+        };
+        if let Some(part) = part.take_if(|_| own.is_none()) {
+            *own = Some(part);
         }
         if part.is_some() {
             // This rank used the number before, and not every rank has taken that round's result.
@@ -296,8 +302,8 @@ impl<B: Buffer> State<B> {
         }
         let parts = round.parts.iter().flatten().cloned().collect();
         round.taken += 1;
-        if round.taken == self.world_size {
-            self.rounds.remove(&operation);
+        if round.taken == round.members.len() {
+            self.rounds.remove(&key);
         }
         Attempt::Done(parts)
     }
@@ -311,15 +317,16 @@ impl<B: Buffer> State<B> {
 
     /// What `peer` offers to `rank` and `rank` has not taken: messages, and all-gathers it has not joined.
     fn untaken(&self, peer: Rank, rank: Rank) -> Vec<Tag> {
-        let joined_by_peer_only =
-            |round: &Round| round.parts[peer].is_some() && round.parts[rank].is_none();
+        let joined_by_peer_only = |round: &Round| {
+            round.has_part_of(peer) == Some(true) && round.has_part_of(rank) == Some(false)
+        };
         let rounds = self
             .rounds
             .iter()
             .filter(|(_, round)| joined_by_peer_only(round));
         self.channel(peer, rank)
             .untaken()
-            .chain(rounds.map(|(&operation, _)| gather_tag(operation)))
+            .chain(rounds.map(|(&(group, operation), _)| gather_tag(group, operation)))
             .collect()
     }
 
@@ -333,16 +340,30 @@ impl<B: Buffer> State<B> {
 }
 
 impl Round {
-    fn new(world_size: usize) -> Self {
+    fn new(members: &[Rank]) -> Self {
         Self {
-            parts: vec![None; world_size],
+            members: members.to_vec(),
+            parts: vec![None; members.len()],
             taken: 0,
         }
     }
 
+    /// Where a member's part lies; `None` for another rank.
+    fn part_of(&mut self, rank: Rank) -> Option<&mut Option<Vec<u8>>> {
+        let index = self.members.iter().position(|&member| member == rank)?;
+        Some(&mut self.parts[index])
+    }
+
+    /// Whether a member's part is there; `None` for another rank.
+    fn has_part_of(&self, rank: Rank) -> Option<bool> {
+        let index = self.members.iter().position(|&member| member == rank)?;
+        Some(self.parts[index].is_some())
+    }
+
     /// A rank whose part is missing; one that has departed if there is such, because it will never come.
     fn first_absent(&self, departed: &[bool]) -> Option<Rank> {
-        let absent = || (0..self.parts.len()).filter(|&rank| self.parts[rank].is_none());
+        let parts = || self.members.iter().zip(&self.parts);
+        let absent = || parts().filter_map(|(&rank, part)| part.is_none().then_some(rank));
         absent()
             .find(|&rank| departed[rank])
             .or_else(|| absent().next())
@@ -350,11 +371,10 @@ impl Round {
 }
 
 /// How errors name an all-gather.
-pub(super) fn gather_tag(operation: u64) -> Tag {
+pub(super) fn gather_tag(group: GroupId, operation: u64) -> Tag {
     Tag {
-        operation,
-        step: 0,
-        payload: Payload::Collective,
+        group,
+        ..Tag::new(operation, 0, Payload::Collective)
     }
 }
 
@@ -363,8 +383,17 @@ mod tests {
     use super::*;
     use crate::buffer::HostBuffer;
 
+    fn all_gather(
+        state: &mut State<HostBuffer>,
+        rank: Rank,
+        part: &mut Option<Vec<u8>>,
+    ) -> Attempt<Vec<Vec<u8>>> {
+        let everybody: Vec<Rank> = (0..state.world_size).collect();
+        state.all_gather(rank, (GroupId::WHOLE, 7), &everybody, part)
+    }
+
     fn gather(state: &mut State<HostBuffer>, rank: Rank, part: u8) -> Attempt<Vec<Vec<u8>>> {
-        state.all_gather(rank, 7, &mut Some(vec![part]))
+        all_gather(state, rank, &mut Some(vec![part]))
     }
 
     #[test]
@@ -372,13 +401,13 @@ mod tests {
         let mut state = State::new(2);
         let mut first = Some(vec![10]);
         assert!(matches!(
-            state.all_gather(0, 7, &mut first),
+            all_gather(&mut state, 0, &mut first),
             Attempt::Blocked(1)
         ));
         assert!(matches!(gather(&mut state, 1, 11), Attempt::Done(_)));
         assert_eq!(state.rounds.len(), 1);
         assert!(
-            matches!(state.all_gather(0, 7, &mut first), Attempt::Done(parts) if parts == [[10], [11]])
+            matches!(all_gather(&mut state, 0, &mut first), Attempt::Done(parts) if parts == [[10], [11]])
         );
         assert!(state.rounds.is_empty());
     }
@@ -388,14 +417,14 @@ mod tests {
         let mut state = State::new(2);
         let mut first = Some(vec![10]);
         assert!(matches!(
-            state.all_gather(0, 7, &mut first),
+            all_gather(&mut state, 0, &mut first),
             Attempt::Blocked(1)
         ));
         assert!(matches!(gather(&mut state, 1, 11), Attempt::Done(_)));
 
         let mut second = Some(vec![21]);
         assert!(matches!(
-            state.all_gather(1, 7, &mut second),
+            all_gather(&mut state, 1, &mut second),
             Attempt::Blocked(1)
         ));
         assert!(
@@ -403,11 +432,11 @@ mod tests {
             "the part is not mixed into the round before"
         );
         assert!(matches!(
-            state.all_gather(0, 7, &mut first),
+            all_gather(&mut state, 0, &mut first),
             Attempt::Done(_)
         ));
         assert!(matches!(
-            state.all_gather(1, 7, &mut second),
+            all_gather(&mut state, 1, &mut second),
             Attempt::Blocked(0)
         ));
         assert!(matches!(gather(&mut state, 0, 20), Attempt::Done(parts) if parts == [[20], [21]]));
@@ -419,7 +448,7 @@ mod tests {
         assert!(matches!(gather(&mut state, 0, 0), Attempt::Blocked(1)));
         state.departed[2] = true;
         assert!(matches!(
-            state.all_gather(0, 7, &mut None),
+            all_gather(&mut state, 0, &mut None),
             Attempt::Blocked(2)
         ));
     }
