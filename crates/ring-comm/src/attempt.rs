@@ -1,0 +1,60 @@
+//! What the endpoints of all backends have in common: calls that are attempted until they are done or cannot be.
+
+use crate::{
+    error::{CommError, CommErrorKind},
+    transport::{GroupId, Payload, Rank, Tag},
+};
+
+/// What a call is about: the head of every error it returns.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Subject {
+    pub(crate) rank: Rank,
+    pub(crate) peer: Option<Rank>,
+    pub(crate) tag: Option<Tag>,
+}
+
+impl Subject {
+    pub(crate) fn error(self, kind: CommErrorKind) -> CommError {
+        CommError {
+            rank: self.rank,
+            peer: self.peer,
+            tag: self.tag,
+            kind,
+        }
+    }
+
+    /// How this call tells of the group's failure: the rank where it happened repeats it, the others pass it on.
+    pub(crate) fn poisoned_by(self, cause: &CommError) -> CommError {
+        if cause.rank == self.rank {
+            cause.clone()
+        } else {
+            self.error(CommErrorKind::Poisoned(Box::new(cause.clone())))
+        }
+    }
+}
+
+/// The outcome of trying a call once.
+pub(crate) enum Attempt<T> {
+    Done(T),
+    /// Nothing can be done before this rank does something.
+    Blocked(Rank),
+    Failed(CommErrorKind),
+}
+
+/// How errors name an all-gather.
+pub(crate) fn gather_tag(group: GroupId, operation: u64) -> Tag {
+    Tag {
+        group,
+        ..Tag::new(operation, 0, Payload::Collective)
+    }
+}
+
+/// What poisons the group of a rank that panics.
+pub(crate) fn panicked(culprit: Rank) -> CommError {
+    CommError {
+        rank: culprit,
+        peer: None,
+        tag: None,
+        kind: CommErrorKind::Panicked { culprit },
+    }
+}
