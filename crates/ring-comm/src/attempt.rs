@@ -1,4 +1,4 @@
-//! What the endpoints of all backends have in common: calls that are attempted until they are done or cannot be.
+//! What the calls of all backends have in common: how they and their errors name what they are about.
 
 use crate::{
     error::{CommError, CommErrorKind},
@@ -31,14 +31,6 @@ impl Subject {
             self.error(CommErrorKind::Poisoned(Box::new(cause.clone())))
         }
     }
-}
-
-/// The outcome of trying a call once.
-pub(crate) enum Attempt<T> {
-    Done(T),
-    /// Nothing can be done before this rank does something.
-    Blocked(Rank),
-    Failed(CommErrorKind),
 }
 
 /// How errors name an all-gather.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
@@ -12,7 +13,7 @@ use crate::{
 /// A failed communication, seen from one rank. Ranks are those of the whole, also if it happened in a group split off.
 ///
 /// `Clone`, because the error that poisons a group is returned to every rank and from every later call.
-#[derive(Clone, Debug, PartialEq, Error)]
+#[derive(Clone, Debug, PartialEq, Error, Serialize, Deserialize)]
 #[error("rank {rank}{}{}: {kind}", context("peer", .peer), context("message", .tag))]
 pub struct CommError {
     /// The rank that reports the error.
@@ -33,7 +34,7 @@ fn context<T: std::fmt::Display>(name: &str, value: &Option<T>) -> String {
 }
 
 /// What went wrong in a communication.
-#[derive(Clone, Debug, PartialEq, Error)]
+#[derive(Clone, Debug, PartialEq, Error, Serialize, Deserialize)]
 pub enum CommErrorKind {
     /// The peer did not answer in time.
     #[error("nothing within the deadline of {deadline:?}{}", sent_instead(.pending))]
@@ -58,6 +59,12 @@ pub enum CommErrorKind {
     /// The peer dropped its endpoint while something was still expected of it.
     #[error("the peer has left the group")]
     Departed,
+    /// The peer cannot be reached any more: its process has ended, or the network to it has failed.
+    #[error("the peer is lost: {reason}")]
+    PeerLost {
+        /// What is known of it.
+        reason: String,
+    },
     /// A rank panicked.
     #[error("rank {culprit} panicked")]
     Panicked {
@@ -90,7 +97,7 @@ pub enum CommErrorKind {
 }
 
 /// What ranks disagree on.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error, Serialize, Deserialize)]
 #[error("rank {culprit} has {field} = {theirs}, rank {reference} has {ours}")]
 pub struct Disagreement {
     /// The first rank that differs from the first of its group.
@@ -132,6 +139,7 @@ impl CommError {
             CommErrorKind::Poisoned(cause) => cause.culprit(),
             CommErrorKind::Deadline { .. }
             | CommErrorKind::Departed
+            | CommErrorKind::PeerLost { .. }
             | CommErrorKind::SizeMismatch { .. } => self.peer.unwrap_or(self.rank),
             CommErrorKind::InvalidPeer(_) => self.rank,
         }

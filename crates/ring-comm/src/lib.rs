@@ -62,6 +62,7 @@
 //! ```
 
 mod agreement;
+mod attempt;
 pub mod buffer;
 pub mod collective;
 mod communicator;
@@ -69,6 +70,8 @@ pub mod conformance;
 mod error;
 mod loopback;
 pub mod pool;
+#[cfg(any(test, feature = "mpi"))]
+mod remote;
 mod subgroup;
 pub mod trace;
 mod transport;

@@ -11,9 +11,10 @@ use std::{
 
 use super::{
     channel::Ticket,
-    group::{Attempt, Group, Subject, gather_tag},
+    group::{Attempt, Group},
 };
 use crate::{
+    attempt::{Subject, gather_tag, panicked},
     buffer::Buffer,
     error::{CommError, CommErrorKind},
     transport::{Expected, GroupId, Rank, RecvRequest, SendRequest, Tag, Traffic, Transport},
@@ -65,7 +66,7 @@ impl<B: Buffer> LoopbackEndpoint<B> {
         let subject = Subject {
             rank: self.rank(),
             peer: Some(peer),
-            tag,
+            tag: Some(tag),
         };
         if peer == self.rank() || peer >= self.world_size() {
             return Err(subject.error(CommErrorKind::InvalidPeer(peer)));
@@ -142,7 +143,7 @@ impl<B: Buffer> Transport<B> for LoopbackEndpoint<B> {
         let subject = Subject {
             rank,
             peer: None,
-            tag: gather_tag(group, operation),
+            tag: Some(gather_tag(group, operation)),
         };
         let mut part = Some(bytes);
         self.group().complete(subject, |state| {
@@ -229,14 +230,5 @@ impl<B: Buffer> LoopbackRecv<B> {
         })?;
         self.request.is_finished = true;
         Ok(arrived)
-    }
-}
-
-fn panicked(culprit: Rank) -> CommError {
-    CommError {
-        rank: culprit,
-        peer: None,
-        tag: None,
-        kind: CommErrorKind::Panicked { culprit },
     }
 }

@@ -17,38 +17,11 @@ use super::{
     sync::{Condvar, Mutex, MutexGuard},
 };
 use crate::{
+    attempt::{Subject, gather_tag},
     buffer::Buffer,
     error::{CommError, CommErrorKind},
-    transport::{Expected, GroupId, Payload, Rank, Tag, Traffic},
+    transport::{Expected, GroupId, Rank, Tag, Traffic},
 };
-
-/// What a call is about: the head of every error it returns.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Subject {
-    pub(super) rank: Rank,
-    pub(super) peer: Option<Rank>,
-    pub(super) tag: Tag,
-}
-
-impl Subject {
-    pub(super) fn error(self, kind: CommErrorKind) -> CommError {
-        CommError {
-            rank: self.rank,
-            peer: self.peer,
-            tag: Some(self.tag),
-            kind,
-        }
-    }
-
-    /// How this call tells of the group's failure: the rank where it happened repeats it, the others pass it on.
-    fn poisoned_by(self, cause: &CommError) -> CommError {
-        if cause.rank == self.rank {
-            cause.clone()
-        } else {
-            self.error(CommErrorKind::Poisoned(Box::new(cause.clone())))
-        }
-    }
-}
 
 /// The outcome of trying a call once.
 pub(super) enum Attempt<T> {
@@ -367,14 +340,6 @@ impl Round {
         absent()
             .find(|&rank| departed[rank])
             .or_else(|| absent().next())
-    }
-}
-
-/// How errors name an all-gather.
-pub(super) fn gather_tag(group: GroupId, operation: u64) -> Tag {
-    Tag {
-        group,
-        ..Tag::new(operation, 0, Payload::Collective)
     }
 }
 

@@ -5,6 +5,7 @@
 //! taken for one of the next group, and one that comes early waits for it. Data is numbered through all groups.
 
 use std::{
+    cmp::Ordering,
     fmt, mem,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
     thread::{self, JoinHandle},
@@ -145,25 +146,34 @@ impl Engine {
 
     /// Joins the next group, when this rank has left the one before; returns when all ranks have joined.
     pub(crate) fn join(self: &Arc<Self>, deadline: Duration) -> Result<RemoteEndpoint, CommError> {
+        self.join_within(deadline, deadline)
+    }
+
+    /// As [`join`](Self::join), with another deadline for this than for the waits in the group.
+    pub(crate) fn join_within(
+        self: &Arc<Self>,
+        patience: Duration,
+        deadline: Duration,
+    ) -> Result<RemoteEndpoint, CommError> {
         let subject = Subject {
             rank: self.rank,
             peer: None,
             tag: None,
         };
-        let session = self.begin_session(deadline).ok_or_else(|| {
+        let session = self.begin_session(patience, deadline).ok_or_else(|| {
             subject.error(CommErrorKind::Deadline {
-                deadline,
+                deadline: patience,
                 pending: Vec::new(),
             })
         })?;
         let endpoint = RemoteEndpoint::new(Arc::clone(self), Arc::clone(&session));
-        session.complete(subject, |state| state.meet())?;
+        session.complete_within(patience, subject, |state| state.meet())?;
         Ok(endpoint)
     }
 
-    /// `None` if this rank does not leave the group before within the deadline.
-    fn begin_session(&self, deadline: Duration) -> Option<Arc<Session>> {
-        let expiry = Instant::now().checked_add(deadline);
+    /// `None` if this rank does not leave the group before in time.
+    fn begin_session(&self, patience: Duration, deadline: Duration) -> Option<Arc<Session>> {
+        let expiry = Instant::now().checked_add(patience);
         let mut orders = self.control.order();
         while orders.is_active {
             orders = self.control.wait(orders, expiry)?;
@@ -413,10 +423,14 @@ impl<W: Wire> Driver<W> {
             line.finished = Some(in_peace);
             return None;
         }
-        if header.epoch > self.epoch {
-            self.early.push((header.epoch, peer, frame));
+        match header.epoch.cmp(&self.epoch) {
+            Ordering::Less => None,
+            Ordering::Equal => Some(News::Frame { peer, frame }),
+            Ordering::Greater => {
+                self.early.push((header.epoch, peer, frame));
+                None
+            }
         }
-        (header.epoch == self.epoch).then_some(News::Frame { peer, frame })
     }
 
     fn lose(&mut self, peer: Rank, reason: String) -> News {

@@ -95,7 +95,17 @@ impl Session {
         subject: Subject,
         attempt: impl FnMut(&mut State) -> Attempt<T>,
     ) -> Result<T, CommError> {
-        let expiry = self.expiry();
+        self.complete_within(self.deadline, subject, attempt)
+    }
+
+    /// As [`complete`](Self::complete), with another deadline.
+    pub(super) fn complete_within<T>(
+        &self,
+        deadline: Duration,
+        subject: Subject,
+        attempt: impl FnMut(&mut State) -> Attempt<T>,
+    ) -> Result<T, CommError> {
+        let expiry = Expiry::after(deadline);
         self.complete_until(expiry, self.lock(), subject, attempt)
     }
 
@@ -105,7 +115,7 @@ impl Session {
         subject: Subject,
         attempt: impl FnMut(&mut State) -> Attempt<T>,
     ) -> Result<T, CommError> {
-        let expiry = self.expiry();
+        let expiry = Expiry::after(self.deadline);
         let inner = self.lock();
         let inner = match self.world_size {
             1 => inner,
@@ -116,7 +126,7 @@ impl Session {
 
     fn complete_until<T>(
         &self,
-        expiry: Option<Instant>,
+        expiry: Expiry,
         mut inner: MutexGuard<'_, Inner>,
         subject: Subject,
         mut attempt: impl FnMut(&mut State) -> Attempt<T>,
@@ -144,9 +154,9 @@ impl Session {
             if can_depart && inner.state.has_departed(peer) {
                 return Err(self.fail(inner, subject, CommErrorKind::Departed));
             }
-            if expiry.is_some_and(|expiry| Instant::now() >= expiry) {
+            if expiry.has_passed() {
                 let kind = CommErrorKind::Deadline {
-                    deadline: self.deadline,
+                    deadline: expiry.deadline,
                     pending: inner.state.untaken(peer),
                 };
                 return Err(self.fail(inner, subject, kind));
@@ -196,9 +206,9 @@ impl Session {
         }
         inner.state.poison(cause, Instant::now());
         // The engine decides after the first half of this if nobody answers; the rest is for a machine that is busy.
-        let expiry = Instant::now().checked_add(2 * VERDICT_WITHIN);
+        let expiry = Expiry::after(2 * VERDICT_WITHIN);
         self.work.notify_one();
-        while inner.state.cause().is_none() && !has_passed(expiry) {
+        while inner.state.cause().is_none() && !expiry.has_passed() {
             inner = self.wait_for_change(inner, expiry);
         }
         let inner = self.await_rounds(inner, expiry);
@@ -210,29 +220,24 @@ impl Session {
     fn await_rounds<'a>(
         &'a self,
         mut inner: MutexGuard<'a, Inner>,
-        expiry: Option<Instant>,
+        expiry: Expiry,
     ) -> MutexGuard<'a, Inner> {
         let awaited = inner.rounds + 2;
         inner.awaited_rounds = inner.awaited_rounds.max(awaited);
         self.work.notify_one();
-        while inner.rounds < awaited && !has_passed(expiry) {
+        while inner.rounds < awaited && !expiry.has_passed() {
             inner = self.wait_for_change(inner, expiry);
         }
         inner
     }
 
-    /// A deadline too far away for the clock is none.
-    fn expiry(&self) -> Option<Instant> {
-        Instant::now().checked_add(self.deadline)
-    }
-
     fn wait_for_change<'a>(
         &self,
         mut inner: MutexGuard<'a, Inner>,
-        expiry: Option<Instant>,
+        expiry: Expiry,
     ) -> MutexGuard<'a, Inner> {
         inner.waiting += 1;
-        let mut inner = match expiry {
+        let mut inner = match expiry.at {
             None => self
                 .changed
                 .wait(inner)
@@ -291,6 +296,21 @@ impl Inner {
     }
 }
 
-fn has_passed(expiry: Option<Instant>) -> bool {
-    expiry.is_some_and(|expiry| Instant::now() >= expiry)
+/// When a deadline passes.
+#[derive(Clone, Copy)]
+struct Expiry {
+    deadline: Duration,
+    /// A deadline too far away for the clock is none.
+    at: Option<Instant>,
+}
+
+impl Expiry {
+    fn after(deadline: Duration) -> Self {
+        let at = Instant::now().checked_add(deadline);
+        Self { deadline, at }
+    }
+
+    fn has_passed(self) -> bool {
+        self.at.is_some_and(|at| Instant::now() >= at)
+    }
 }

@@ -712,7 +712,7 @@ impl State {
 
     /// Tells all that can still hear.
     fn tell_all(&mut self, frame: &Frame) {
-        for peer in (0..self.world_size()).filter(|&peer| peer != self.rank) {
+        for peer in 0..self.world_size() {
             self.tell(peer, frame.clone());
         }
     }
