@@ -69,6 +69,8 @@ mod communicator;
 pub mod conformance;
 mod error;
 mod loopback;
+#[cfg(feature = "mpi")]
+mod mpi;
 pub mod pool;
 #[cfg(any(test, feature = "mpi"))]
 mod remote;
@@ -79,6 +81,10 @@ mod transport;
 pub use communicator::{Communicator, REMEMBERED_AGREEMENTS};
 pub use error::{CommError, CommErrorKind, Disagreement};
 pub use loopback::{Loopback, LoopbackEndpoint, RankPanic};
+#[cfg(feature = "mpi")]
+pub use mpi::{Mpi, MpiError};
 pub use pool::BufferPool;
+#[cfg(feature = "mpi")]
+pub use remote::RemoteEndpoint;
 pub use trace::Trace;
 pub use transport::*;

@@ -26,8 +26,9 @@ mod state;
 mod threads;
 mod wire;
 
+#[cfg(feature = "mpi")]
 pub use endpoint::RemoteEndpoint;
 #[cfg(feature = "mpi")]
-pub(crate) use engine::Engine;
+pub(crate) use engine::{Engine, StartError};
 #[cfg(feature = "mpi")]
-pub(crate) use wire::{Event, Wire};
+pub(crate) use wire::{End, Event, Wire};

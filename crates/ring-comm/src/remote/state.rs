@@ -81,7 +81,6 @@ struct Peer {
 #[derive(Debug)]
 struct Send {
     sequence: u64,
-    tag: Tag,
     taken: Option<Instant>,
     /// The memory, when the data has left.
     buffer: Option<HostBuffer>,
@@ -244,8 +243,8 @@ impl State {
 impl State {
     /// Waits for all ranks to have joined.
     pub(super) fn meet(&self) -> Attempt<()> {
-        let awaited = |peer: &Peer| peer.presence == Presence::Awaited;
-        match self.peers.iter().position(awaited) {
+        let is_missing = |peer: &Peer| matches!(peer.presence, Presence::Awaited | Presence::Lost);
+        match self.peers.iter().position(is_missing) {
             Some(peer) => Attempt::Blocked(peer),
             None => Attempt::Done(()),
         }
@@ -268,7 +267,6 @@ impl State {
         self.next_sequence += 1;
         self.peers[peer].sends.push(Send {
             sequence,
-            tag,
             taken: None,
             buffer: None,
         });

@@ -25,6 +25,8 @@ use crate::{
 };
 
 const PATIENT: Duration = Duration::from_secs(30);
+/// For ranks whose peers do not come or go in an orderly way.
+const BRIEF: Duration = Duration::from_secs(1);
 const TAG: Tag = Tag::new(0, 0, Payload::KeyValue);
 
 /// What is on its way to one rank.
@@ -289,7 +291,7 @@ fn a_cut_wire_ends_at_the_deadline() {
         for rank in 0..3 {
             let (net, met) = (&net, &met);
             scope.spawn(move || {
-                let engine = net.engine(rank, Duration::ZERO);
+                let engine = net.engine(rank, BRIEF);
                 let endpoint = join(&engine, deadline).unwrap();
                 if met.wait().is_leader() {
                     net.cut[0].store(true, Ordering::SeqCst);
@@ -349,7 +351,7 @@ fn a_late_message_does_not_match_the_next_group() {
 #[test]
 fn a_rank_that_does_not_come_is_named() {
     let net = Net::new(2, Behaviour::Prompt);
-    let engine = net.engine(1, Duration::ZERO);
+    let engine = net.engine(1, BRIEF);
     let error = engine.join(Duration::from_millis(20)).unwrap_err();
     assert!(
         matches!(error.kind, CommErrorKind::Deadline { .. }),
@@ -363,7 +365,7 @@ fn noise_on_the_line_is_an_error() {
     let net = Net::new(2, Behaviour::Prompt);
     let noise = (0, b"noise".to_vec());
     net.inboxes[1].lock().unwrap().frames.push(noise);
-    let error = net.engine(1, Duration::ZERO).join(PATIENT).unwrap_err();
+    let error = net.engine(1, BRIEF).join(PATIENT).unwrap_err();
     assert!(
         matches!(&error.kind, CommErrorKind::PeerLost { reason } if reason.contains("not a frame")),
         "{error}"
