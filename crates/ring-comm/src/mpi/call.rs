@@ -66,8 +66,14 @@ pub(super) fn init() -> Result<(), MpiError> {
             return Err(MpiError::NoThreads);
         }
         let return_errors = |comm| ffi::MPI_Comm_set_errhandler(comm, ffi::RSMPI_ERRORS_RETURN);
-        check("MPI_Comm_set_errhandler", return_errors(ffi::RSMPI_COMM_WORLD))?;
-        check("MPI_Comm_set_errhandler", return_errors(ffi::RSMPI_COMM_SELF))
+        check(
+            "MPI_Comm_set_errhandler",
+            return_errors(ffi::RSMPI_COMM_WORLD),
+        )?;
+        check(
+            "MPI_Comm_set_errhandler",
+            return_errors(ffi::RSMPI_COMM_SELF),
+        )
     }
 }
 
@@ -128,7 +134,12 @@ impl Comm {
 
     /// # Safety
     /// The bytes must stay where they are, unchanged, until the request is complete.
-    pub(super) unsafe fn send(self, peer: Rank, tag: c_int, bytes: &[u8]) -> Result<Request, MpiError> {
+    pub(super) unsafe fn send(
+        self,
+        peer: Rank,
+        tag: c_int,
+        bytes: &[u8],
+    ) -> Result<Request, MpiError> {
         let mut request = MaybeUninit::uninit();
         let (len, peer) = (to_int(bytes.len())?, to_int(peer)?);
         // SAFETY: the memory is valid now, and until the request is complete by the caller's promise.

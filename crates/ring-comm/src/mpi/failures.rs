@@ -40,7 +40,9 @@ impl Failures {
             if !is_known {
                 return Vec::new();
             }
-            let ranks = (0..world_size).filter(|&rank| is_in(dead, comm, rank)).collect();
+            let ranks = (0..world_size)
+                .filter(|&rank| is_in(dead, comm, rank))
+                .collect();
             ffi::MPI_Group_free(&mut dead);
             ranks
         }

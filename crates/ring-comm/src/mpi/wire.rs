@@ -136,7 +136,9 @@ impl MpiWire {
                     break;
                 }
                 let frame = queue.pop_front();
-                events.extend(frame.map(|FrameInProgress { peer, bytes, .. }| Event::Frame { peer, bytes }));
+                events.extend(
+                    frame.map(|FrameInProgress { peer, bytes, .. }| Event::Frame { peer, bytes }),
+                );
             }
         }
         Ok(())

@@ -15,6 +15,7 @@ use std::{
 use super::{
     endpoint::RemoteEndpoint,
     frame::{Frame, Header},
+    process::ProcessIdentity,
     session::{Inner, Session},
     state::{Output, State},
     wire::{End, Event, Wire},
@@ -43,6 +44,7 @@ pub(crate) struct Engine {
     rank: Rank,
     world_size: usize,
     deadline: Duration,
+    process: Option<ProcessIdentity>,
     control: Arc<Control>,
     thread: Option<JoinHandle<()>>,
 }
@@ -72,14 +74,13 @@ struct Orders {
     is_active: bool,
     /// Number of the next data, when no group is active.
     next_sequence: u64,
-    /// The last group has failed.
-    has_failed: bool,
     leave: Option<Leave>,
     is_over: bool,
 }
 
 #[derive(Clone, Copy)]
 struct Leave {
+    /// How long to wait for the others to leave too.
     within: Duration,
     in_peace: bool,
 }
@@ -131,6 +132,7 @@ impl Engine {
             rank,
             world_size,
             deadline,
+            process: ProcessIdentity::own(),
             control,
             thread: Some(thread),
         })
@@ -178,7 +180,12 @@ impl Engine {
         while orders.is_active {
             orders = self.control.wait(orders, expiry)?;
         }
-        let state = State::new(self.rank, self.world_size, orders.next_sequence);
+        let state = State::new(
+            self.rank,
+            self.world_size,
+            orders.next_sequence,
+            self.process.clone(),
+        );
         let session = Arc::new(Session::new(state, deadline));
         orders.is_active = true;
         orders.next = Some(Arc::clone(&session));
@@ -190,17 +197,14 @@ impl Engine {
 impl Drop for Engine {
     /// Waits until all ranks leave, up to the deadline; not longer than a moment if something has failed.
     fn drop(&mut self) {
-        let in_peace = !thread::panicking();
         let mut orders = self.control.order();
-        let is_patient = in_peace && !orders.has_failed;
-        let within = if is_patient {
-            self.deadline
-        } else {
-            self.deadline.min(LEAVE_WITHIN)
-        };
-        orders.leave = Some(Leave { within, in_peace });
+        orders.leave = Some(Leave {
+            within: self.deadline,
+            in_peace: !thread::panicking(),
+        });
         self.control.changed.notify_all();
-        let expiry = Instant::now().checked_add(within.saturating_add(LEAVE_WITHIN));
+        let longest = self.deadline.saturating_add(2 * LEAVE_WITHIN);
+        let expiry = Instant::now().checked_add(longest);
         while !orders.is_over {
             match self.control.wait(orders, expiry) {
                 Some(woken) => orders = woken,
@@ -260,6 +264,10 @@ struct Driver<W> {
     events: Vec<Event>,
     /// Frames for groups that this rank has not joined yet.
     early: Vec<(u64, Rank, Frame)>,
+    /// The last group has failed.
+    has_failed: bool,
+    process: Option<ProcessIdentity>,
+    next_check: Instant,
 }
 
 /// What the engine knows of one peer, through all groups.
@@ -270,6 +278,7 @@ struct Line {
     lost: Option<String>,
     /// It has said that it leaves the network, in peace or not.
     finished: Option<bool>,
+    process: Option<ProcessIdentity>,
     /// Its process was not there when last looked at.
     is_suspect: bool,
 }
@@ -289,6 +298,9 @@ impl<W: Wire> Driver<W> {
             epoch: 0,
             events: Vec::new(),
             early: Vec::new(),
+            has_failed: false,
+            process: ProcessIdentity::own(),
+            next_check: Instant::now(),
         }
     }
 
@@ -328,18 +340,14 @@ impl<W: Wire> Driver<W> {
         self.epoch += 1;
         let mut news = self.early_news();
         let mut last_event = Instant::now();
-        let mut next_check = last_event + BETWEEN_CHECKS;
         loop {
             news.extend(self.look());
             let now = Instant::now();
+            news.extend(self.find_dead(now));
             let has_news = !news.is_empty();
             let mut inner = session.lock();
             for piece in news.drain(..) {
                 tell(&mut inner.state, piece, now);
-            }
-            if now >= next_check {
-                self.check_processes(&mut inner.state, now);
-                next_check = now + BETWEEN_CHECKS;
             }
             inner.state.tick(now);
             let outputs = inner.state.take_outputs();
@@ -384,9 +392,9 @@ impl<W: Wire> Driver<W> {
         if self.wire.is_busy() {
             self.wire.abandon();
         }
+        self.has_failed = state.cause().is_some();
         let mut orders = self.control.order();
         orders.next_sequence = state.next_sequence();
-        orders.has_failed = state.cause().is_some();
         orders.is_active = false;
         self.control.changed.notify_all();
     }
@@ -419,9 +427,13 @@ impl<W: Wire> Driver<W> {
             return Some(self.lose(peer, reason));
         }
         line.frames_heard += 1;
-        if let Frame::Finish { in_peace } = frame {
-            line.finished = Some(in_peace);
-            return None;
+        match &frame {
+            Frame::Hello { process, .. } => line.process.clone_from(process),
+            Frame::Finish { in_peace } => {
+                line.finished = Some(*in_peace);
+                return None;
+            }
+            _ => {}
         }
         match header.epoch.cmp(&self.epoch) {
             Ordering::Less => None,
@@ -467,29 +479,36 @@ impl<W: Wire> Driver<W> {
         self.wire.send_frame(peer, frame.encode(header));
     }
 
-    /// Looks whether the processes of the peers on this machine are alive. Twice, because what one has said with its last breath may
-    /// be on its way.
-    fn check_processes(&mut self, state: &mut State, now: Instant) {
-        let Some(own) = super::process::ProcessIdentity::own() else {
-            return;
-        };
+    /// Looks now and then whether the processes of the peers on this machine are alive. Twice, because what one has said with its
+    /// last breath may be on its way.
+    fn find_dead(&mut self, now: Instant) -> Vec<News> {
+        if now < self.next_check {
+            return Vec::new();
+        }
+        self.next_check = now + BETWEEN_CHECKS;
         let mut dead = Vec::new();
-        for (peer, process) in state.present_processes() {
-            let is_dead = process.shares_machine_with(&own) && !process.is_alive();
-            let was_suspect = mem::replace(&mut self.peers[peer].is_suspect, is_dead);
-            if is_dead && was_suspect {
+        for (peer, line) in self.peers.iter_mut().enumerate() {
+            let (Some(own), Some(process)) = (&self.process, &line.process) else {
+                continue;
+            };
+            let is_dead = process.shares_machine_with(own) && !process.is_alive();
+            let was_suspect = mem::replace(&mut line.is_suspect, is_dead);
+            if is_dead && was_suspect && line.finished.is_none() && line.lost.is_none() {
                 dead.push((peer, format!("its process {} has ended", process.number())));
             }
         }
-        for (peer, reason) in dead {
-            self.peers[peer].lost = Some(reason.clone());
-            state.lost(peer, &reason, now);
-        }
+        let lose = |(peer, reason)| self.lose(peer, reason);
+        dead.into_iter().map(lose).collect()
     }
 
     /// Says farewell, waits for that of the others, and leaves.
     fn leave(&mut self, leave: Leave) {
-        let expiry = Instant::now().checked_add(leave.within);
+        let within = if self.has_failed || !leave.in_peace {
+            leave.within.min(LEAVE_WITHIN)
+        } else {
+            leave.within
+        };
+        let expiry = Instant::now().checked_add(within);
         let farewell = Frame::Finish {
             in_peace: leave.in_peace,
         };
@@ -500,9 +519,11 @@ impl<W: Wire> Driver<W> {
             .for_each(|&peer| self.send_frame(peer, &farewell));
         let end = loop {
             self.look();
+            self.find_dead(Instant::now());
             let is_settled = |line: &Line| line.finished.is_some() || line.lost.is_some();
             let is_peaceful = |line: &Line| line.finished == Some(true) && line.lost.is_none();
-            let all = |check: &dyn Fn(&Line) -> bool| others.iter().all(|&peer| check(&self.peers[peer]));
+            let all =
+                |check: &dyn Fn(&Line) -> bool| others.iter().all(|&peer| check(&self.peers[peer]));
             let is_flushed = self.wire.is_flushed() && !self.wire.is_busy();
             if is_flushed && leave.in_peace && all(&is_peaceful) {
                 break End::Together;
@@ -550,7 +571,11 @@ fn rest(session: &Session, inner: MutexGuard<'_, Inner>, quiet: Duration) {
         drop(inner);
         return thread::yield_now();
     }
-    let longest = if is_expectant { SHORT_BREAK } else { LONG_BREAK };
+    let longest = if is_expectant {
+        SHORT_BREAK
+    } else {
+        LONG_BREAK
+    };
     session.await_work(inner, longest);
 }
 

@@ -71,7 +71,6 @@ enum Presence {
 #[derive(Debug)]
 struct Peer {
     presence: Presence,
-    process: Option<ProcessIdentity>,
     sends: Vec<Send>,
     /// Messages it has offered and nobody has taken.
     offers: VecDeque<Offer>,
@@ -158,9 +157,13 @@ pub(super) struct State {
 }
 
 impl State {
-    /// A rank that has not met anybody yet. Its data is numbered from `first_sequence`.
-    pub(super) fn new(rank: Rank, world_size: usize, first_sequence: u64) -> Self {
-        let process = ProcessIdentity::own();
+    /// A rank that has not met anybody yet, of `process`. Its data is numbered from `first_sequence`.
+    pub(super) fn new(
+        rank: Rank,
+        world_size: usize,
+        first_sequence: u64,
+        process: Option<ProcessIdentity>,
+    ) -> Self {
         let mut state = Self {
             rank,
             peers: (0..world_size).map(|_| Peer::new()).collect(),
@@ -226,16 +229,9 @@ impl State {
     pub(super) fn is_flowing(&self) -> bool {
         let arriving = |receive: &Receive| matches!(receive.progress, Progress::Arriving { .. });
         let leaving = |send: &Send| send.taken.is_some() && send.buffer.is_none();
-        self.peers.iter().any(|peer| {
-            peer.receives.iter().any(arriving) || peer.sends.iter().any(leaving)
-        })
-    }
-
-    /// Processes of peers that should be there.
-    pub(super) fn present_processes(&self) -> impl Iterator<Item = (Rank, &ProcessIdentity)> {
-        let present = |peer: &&Peer| peer.presence == Presence::Present;
-        let peers = self.peers.iter().enumerate();
-        peers.filter_map(move |(rank, peer)| Some((rank, Some(peer).filter(present)?.process.as_ref()?)))
+        self.peers
+            .iter()
+            .any(|peer| peer.receives.iter().any(arriving) || peer.sends.iter().any(leaving))
     }
 }
 
@@ -446,10 +442,7 @@ impl State {
 impl State {
     pub(super) fn hear(&mut self, peer: Rank, frame: Frame, now: Instant) {
         match frame {
-            Frame::Hello {
-                world_size,
-                process,
-            } => self.welcome(peer, world_size, process, now),
+            Frame::Hello { world_size, .. } => self.welcome(peer, world_size, now),
             Frame::Offer {
                 tag,
                 dtype,
@@ -499,9 +492,7 @@ impl State {
         buffer: HostBuffer,
         since: Instant,
     ) {
-        let is_arriving = |receive: &&mut Receive| {
-            matches!(receive.progress, Progress::Arriving { sequence: arriving } if arriving == sequence)
-        };
+        let is_arriving = |receive: &&mut Receive| matches!(receive.progress, Progress::Arriving { sequence: arriving } if arriving == sequence);
         let mut receives = self.peers[peer].receives.iter_mut();
         if let Some(receive) = receives.find(is_arriving) {
             receive.progress = Progress::Arrived { buffer, since };
@@ -530,22 +521,15 @@ impl State {
 }
 
 impl State {
-    fn welcome(
-        &mut self,
-        peer: Rank,
-        world_size: usize,
-        process: Option<ProcessIdentity>,
-        now: Instant,
-    ) {
+    fn welcome(&mut self, peer: Rank, world_size: usize, now: Instant) {
         let own = self.world_size();
         if world_size != own {
             let reason = format!("it is in a group of {world_size} ranks, not of {own}");
             return self.lost(peer, &reason, now);
         }
-        let peer = &mut self.peers[peer];
-        if peer.presence == Presence::Awaited {
-            peer.presence = Presence::Present;
-            peer.process = process;
+        let presence = &mut self.peers[peer].presence;
+        if *presence == Presence::Awaited {
+            *presence = Presence::Present;
         }
     }
 
@@ -623,7 +607,12 @@ impl State {
         parts
     }
 
-    fn remember(&mut self, (group, operation): (GroupId, u64), members: &[Rank], parts: &[Vec<u8>]) {
+    fn remember(
+        &mut self,
+        (group, operation): (GroupId, u64),
+        members: &[Rank],
+        parts: &[Vec<u8>],
+    ) {
         if self.world_size() == 1 {
             return;
         }
@@ -732,7 +721,6 @@ impl Peer {
     fn new() -> Self {
         Self {
             presence: Presence::Awaited,
-            process: None,
             sends: Vec::new(),
             offers: VecDeque::new(),
             receives: VecDeque::new(),

@@ -5,7 +5,7 @@
 
 use std::{
     fs, mem,
-    panic::{AssertUnwindSafe, catch_unwind},
+    path::PathBuf,
     process::{self, Command},
     thread,
     time::{Duration, Instant, SystemTime},
@@ -100,7 +100,7 @@ pub(crate) fn tests() -> Vec<Test> {
 
 fn expect(fault: Fault, victim: Rank, outcome: &Outcome) {
     let (kind, earliest, latest) = fault.expected();
-    for rank in (0..RANKS).filter(|&rank| rank != victim) {
+    for rank in others(victim) {
         let finding = outcome.finding(rank);
         println!("    {fault:?} of rank {victim}, rank {rank} found: {finding}");
         let words: Vec<&str> = finding.split_whitespace().collect();
@@ -109,7 +109,10 @@ fn expect(fault: Fault, victim: Rank, outcome: &Outcome) {
         };
         let after = Duration::from_millis(milliseconds.parse().unwrap());
         assert_eq!((found, culprit), (kind, &*victim.to_string()), "{finding}");
-        assert!(earliest <= after && after <= latest, "rank {rank}: {finding}");
+        assert!(
+            earliest <= after && after <= latest,
+            "rank {rank}: {finding}"
+        );
     }
     // mpirun waits for all; nobody may linger, not even for a deadline that is much later.
     let latest = latest + Duration::from_secs(15);
@@ -127,7 +130,11 @@ pub(crate) fn perform(scenario: &str) {
     let mpi = Mpi::init(PATIENT).unwrap();
     let endpoint = mpi.group_within(PATIENT, fault.deadline()).unwrap();
     endpoint.all_gather_bytes(0, Vec::new()).unwrap();
+    // What a rank has said just before it dies may die with it.
+    let have_met = |rank: Rank| folder().join(format!("met-{rank}"));
+    fs::write(have_met(endpoint.rank()), "").unwrap();
     if endpoint.rank() == victim {
+        wait_until(|| (0..RANKS).all(|rank| have_met(rank).exists()));
         suffer(fault, endpoint);
     } else {
         observe(fault, victim, endpoint);
@@ -145,6 +152,7 @@ fn suffer(fault: Fault, endpoint: RemoteEndpoint) {
         .unwrap(),
         Fault::KilledAfter => {
             endpoint.all_gather_bytes(1, Vec::new()).unwrap();
+            wait_until(|| others(endpoint.rank()).all(|rank| has_exchanged(rank).exists()));
             signal_self("KILL");
         }
         Fault::Exits => {
@@ -153,14 +161,9 @@ fn suffer(fault: Fault, endpoint: RemoteEndpoint) {
             process::exit(0);
         }
         Fault::Panics => {
-            // Only so that what follows belongs to the test; the endpoint is dropped while unwinding.
-            let panic = AssertUnwindSafe(move || {
-                let _endpoint = endpoint;
-                note_fault();
-                panic!("staged");
-            });
-            let _ = catch_unwind(panic);
-            process::exit(101);
+            // The endpoint is dropped while unwinding.
+            note_fault();
+            panic!("staged");
         }
         Fault::Stopped => {
             fs::write(folder().join("victim"), process::id().to_string()).unwrap();
@@ -172,7 +175,11 @@ fn suffer(fault: Fault, endpoint: RemoteEndpoint) {
         Fault::SlowButInTime | Fault::TooSlow => {
             note_fault();
             let part = DEADLINE / 2;
-            thread::sleep(if fault == Fault::TooSlow { DEADLINE + part } else { part });
+            thread::sleep(if fault == Fault::TooSlow {
+                DEADLINE + part
+            } else {
+                part
+            });
             let result = endpoint.all_gather_bytes(1, Vec::new());
             assert_eq!(result.is_ok(), fault == Fault::SlowButInTime, "{result:?}");
         }
@@ -184,6 +191,7 @@ fn observe(fault: Fault, victim: Rank, endpoint: RemoteEndpoint) {
         Fault::KilledDuring => exchange(&endpoint, |_| ()),
         Fault::KilledAfter => {
             endpoint.all_gather_bytes(1, Vec::new()).unwrap();
+            fs::write(has_exchanged(endpoint.rank()), "").unwrap();
             endpoint.all_gather_bytes(2, Vec::new()).map(drop)
         }
         // One waits for the victim, the other for one that waits.
@@ -217,7 +225,7 @@ fn observe(fault: Fault, victim: Rank, endpoint: RemoteEndpoint) {
 /// Large messages from everybody to everybody, round after round.
 fn exchange(endpoint: &RemoteEndpoint, mut meanwhile: impl FnMut(u32)) -> Result<(), CommError> {
     const LEN: usize = 4 << 20;
-    let peers = || (0..RANKS).filter(|&peer| peer != endpoint.rank());
+    let peers = || others(endpoint.rank());
     let expected = Expected {
         dtype: DType::F32,
         len: LEN,
@@ -258,14 +266,27 @@ fn signal_self(signal: &str) {
 
 /// Lets the victim go on when all others have found something.
 fn wake(victim: Rank) {
-    let others = || (0..RANKS).filter(|&rank| rank != victim);
-    let start = Instant::now();
-    while !others().all(|rank| folder().join(format!("rank-{rank}")).exists()) {
-        assert!(start.elapsed() < PATIENT, "another rank finds nothing");
-        thread::yield_now();
-    }
+    let has_found = |rank: Rank| folder().join(format!("rank-{rank}")).exists();
+    wait_until(|| others(victim).all(has_found));
     let process = fs::read_to_string(folder().join("victim")).unwrap();
     send_signal("CONT", &process);
+}
+
+fn others(rank: Rank) -> impl Iterator<Item = Rank> {
+    (0..RANKS).filter(move |&other| other != rank)
+}
+
+/// The file with which a rank says that it has got through an exchange.
+fn has_exchanged(rank: Rank) -> PathBuf {
+    folder().join(format!("exchanged-{rank}"))
+}
+
+fn wait_until(condition: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < PATIENT, "another rank does not come");
+        thread::yield_now();
+    }
 }
 
 fn send_signal(signal: &str, process: &str) {

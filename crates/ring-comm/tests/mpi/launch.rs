@@ -35,7 +35,10 @@ impl Outcome {
     pub(crate) fn finding(&self, rank: usize) -> &str {
         match &self.findings[rank] {
             Some(finding) => finding,
-            None => panic!("rank {rank} found nothing: {}\n{}", self.status, self.output),
+            None => panic!(
+                "rank {rank} found nothing: {}\n{}",
+                self.status, self.output
+            ),
         }
     }
 }
@@ -43,7 +46,12 @@ impl Outcome {
 /// Has `world_size` ranks perform `task`.
 pub(crate) fn launch(task: &str, world_size: usize) -> Outcome {
     let mut mpirun = Command::new("mpirun");
-    mpirun.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]);
+    mpirun.args([
+        "--allow-run-as-root",
+        "--oversubscribe",
+        "--bind-to",
+        "none",
+    ]);
     // One rank that dies must not take the others with it.
     mpirun.args(["--enable-recovery", "-n", &world_size.to_string()]);
     if let Ok(options) = env::var("RING_MPIRUN_OPTIONS") {
@@ -59,10 +67,16 @@ pub(crate) fn launch_alone(task: &str) -> Outcome {
 }
 
 fn run(mut command: Command, task: &str, world_size: usize) -> Outcome {
-    let folder = env::temp_dir().join(format!("ring-mpi-{}-{task}-{world_size}", std::process::id()));
+    let folder = env::temp_dir().join(format!(
+        "ring-mpi-{}-{task}-{world_size}",
+        std::process::id()
+    ));
     fs::create_dir_all(&folder).unwrap();
     command.env(TASK, task).env(FINDINGS, &folder);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let start = Instant::now();
     let mut child = command.spawn().unwrap_or_else(|error| match error.kind() {
         ErrorKind::NotFound => panic!("mpirun is missing: install an MPI library, Open MPI say"),

@@ -73,9 +73,12 @@ fn tests() -> Vec<Test> {
     });
     let mut tests: Vec<_> = conformance.chain([alone, chunks]).collect();
     if env::var("RING_TEST_LARGE").is_ok() {
-        tests.push(Test::new("a message of more than 2^31 bytes arrives", || {
-            launch("large", 2).expect_success();
-        }));
+        tests.push(Test::new(
+            "a message of more than 2^31 bytes arrives",
+            || {
+                launch("large", 2).expect_success();
+            },
+        ));
     }
     tests.extend(faults::tests());
     tests
@@ -86,11 +89,16 @@ fn run_tests() -> ExitCode {
         .skip(1)
         .filter(|word| !word.starts_with('-'))
         .collect();
-    let is_chosen = |test: &Test| words.is_empty() || words.iter().any(|word| test.name.contains(word));
+    let is_chosen =
+        |test: &Test| words.is_empty() || words.iter().any(|word| test.name.contains(word));
     let mut failed = Vec::new();
     for test in tests().into_iter().filter(is_chosen) {
         let has_passed = catch_unwind(AssertUnwindSafe(|| (test.run)())).is_ok();
-        println!("test {} ... {}", test.name, if has_passed { "ok" } else { "FAILED" });
+        println!(
+            "test {} ... {}",
+            test.name,
+            if has_passed { "ok" } else { "FAILED" }
+        );
         if !has_passed {
             failed.push(test.name);
         }
