@@ -8,6 +8,7 @@
 //! - [`buffer`]: the memory that travels;
 //! - [`Transport`]: one rank's endpoint, the seam between backends and users;
 //! - [`Loopback`]: the backend in which ranks are threads of one process;
+//! - `Mpi`: with the feature `mpi`, the backend in which ranks are processes under `mpirun`;
 //! - [`Communicator`]: a transport with the numbering of operations and the check that all ranks plan the same;
 //! - [`BufferPool`]: memory of messages, kept for the next ones;
 //! - [`Trace`]: who computed, sent and waited when, as a file to look at;
@@ -73,6 +74,14 @@ mod loopback;
 mod mpi;
 pub mod pool;
 #[cfg(any(test, feature = "mpi"))]
+#[cfg_attr(
+    not(feature = "mpi"),
+    expect(
+        dead_code,
+        unreachable_pub,
+        reason = "the tests alone do not use all of it"
+    )
+)]
 mod remote;
 mod subgroup;
 pub mod trace;

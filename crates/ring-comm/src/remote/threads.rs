@@ -147,7 +147,7 @@ impl Wire for ThreadWire {
         let now = if tardy { 1 } else { self.frames.len() };
         let frames = self.frames.drain(..now.min(self.frames.len()));
         events.extend(frames.map(|(peer, bytes)| Event::Frame { peer, bytes }));
-        if tardy && self.looks % 2 == 0 {
+        if tardy && self.looks.is_multiple_of(2) {
             return;
         }
         for (peer, sequence, buffer) in self.sending.drain(..) {
