@@ -3,6 +3,9 @@
 //! Local calls and what the wire reports change the [`State`]; what it wants done on the wire it leaves in its
 //! [outputs](State::take_outputs), in order.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::{BTreeMap, VecDeque},
     mem,
