@@ -14,6 +14,7 @@ use std::{
 use super::{
     endpoint::RemoteEndpoint,
     engine::Engine,
+    frame::{Frame, Header},
     wire::{End, Event, Wire},
 };
 use crate::{
@@ -371,4 +372,20 @@ fn noise_on_the_line_is_an_error() {
         "{error}"
     );
     assert_eq!(error.culprit(), 0);
+}
+
+#[test]
+fn a_frame_that_is_missing_is_an_error() {
+    let net = Net::new(2, Behaviour::Prompt);
+    let header = Header {
+        epoch: 1,
+        number: 5,
+    };
+    let early = (0, Frame::Depart.encode(header));
+    net.inboxes[1].lock().unwrap().frames.push(early);
+    let error = net.engine(1, BRIEF).join(PATIENT).unwrap_err();
+    assert!(
+        matches!(&error.kind, CommErrorKind::PeerLost { reason } if reason.contains("frame 5 where 0")),
+        "{error}"
+    );
 }

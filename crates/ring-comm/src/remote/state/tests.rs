@@ -3,7 +3,11 @@
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::{attempt::panicked, transport::Payload};
+use crate::{
+    attempt::panicked,
+    buffer::Buffer,
+    transport::{MAX_OUTSTANDING_SENDS, Payload},
+};
 
 const TAG: Tag = Tag::new(0, 0, Payload::KeyValue);
 const KEY: (GroupId, u64) = (GroupId::WHOLE, 7);
