@@ -12,7 +12,8 @@
 //!   `mpirun` must not kill all processes when one dies: with Open MPI 4 that takes `--enable-recovery`, with Open MPI 5
 //!   `--with-ft ulfm` or `--enable-recovery`.
 //! - `MPI_Finalize` is called when all processes leave in peace. If one has died, panicked, or does not come to an end within
-//!   the deadline, the others leave without, because `MPI_Finalize` would wait for it; `mpirun` then reports that.
+//!   the deadline, the others leave without, because `MPI_Finalize` would wait for it; `mpirun` then reports that, and
+//!   ends the rest unless it is told otherwise as above. So drop everything at about the same time on all ranks.
 //!
 //! Linking needs an MPI library with its headers; `mpicc` finds it, or what the variable `MPICC` names.
 
@@ -129,7 +130,8 @@ impl Mpi {
     /// in it, nor for the others to join, takes longer than `deadline`.
     ///
     /// # Errors
-    /// [`CommError`] that names a rank that has not joined in time, or is gone.
+    /// [`CommError`] that names a rank that has not joined in time, or is gone. If another rank finds that first, or the group fails
+    /// otherwise meanwhile, the first call in it says so.
     pub fn group(&self, deadline: Duration) -> Result<RemoteEndpoint, CommError> {
         self.engine.join(deadline)
     }

@@ -169,8 +169,12 @@ impl Engine {
             })
         })?;
         let endpoint = RemoteEndpoint::new(Arc::clone(self), Arc::clone(&session));
-        session.complete_within(patience, subject, |state| state.meet())?;
-        Ok(endpoint)
+        match session.complete_within(patience, subject, |state| state.meet()) {
+            Ok(()) => Ok(endpoint),
+            // Another rank has failed, perhaps after it had met everybody. The first call says so, as if that were a little later.
+            Err(error) if matches!(error.kind, CommErrorKind::Poisoned(_)) => Ok(endpoint),
+            Err(error) => Err(error),
+        }
     }
 
     /// `None` if this rank does not leave the group before in time.
