@@ -14,10 +14,11 @@ use std::{
 use super::{
     endpoint::RemoteEndpoint,
     engine::Engine,
-    frame::{Frame, Header},
+    frame::{Failure, Frame, Header},
     wire::{End, Event, Wire},
 };
 use crate::{
+    attempt::panicked,
     buffer::{DType, HostBuffer},
     conformance::{self, Backend, RankBody, Staging},
     error::{CommError, CommErrorKind},
@@ -388,4 +389,27 @@ fn a_frame_that_is_missing_is_an_error() {
         matches!(&error.kind, CommErrorKind::PeerLost { reason } if reason.contains("frame 5 where 0")),
         "{error}"
     );
+}
+
+/// Rank 0 has met everybody and fails before rank 1 has heard of rank 2.
+#[test]
+fn a_group_that_fails_while_a_rank_joins_says_so_at_the_first_call() {
+    let net = Net::new(3, Behaviour::Prompt);
+    let hello = Frame::Hello {
+        world_size: 3,
+        process: None,
+    };
+    let poison = Frame::Poison(Failure {
+        origin: 0,
+        cause: panicked(0),
+        completed: Vec::new(),
+        failed: Vec::new(),
+    });
+    for (frame, number) in [hello, poison].into_iter().zip(0..) {
+        let bytes = frame.encode(Header { epoch: 1, number });
+        net.inboxes[1].lock().unwrap().frames.push((0, bytes));
+    }
+    let endpoint = net.engine(1, BRIEF).join(PATIENT).unwrap();
+    let error = endpoint.all_gather_bytes(0, Vec::new()).unwrap_err();
+    assert_eq!(error.root(), &panicked(0));
 }
