@@ -12,6 +12,7 @@
 //! - [`BufferPool`]: memory of messages, kept for the next ones;
 //! - [`Trace`]: who computed, sent and waited when, as a file to look at;
 //! - [`collective`]: sums over ranks in a fixed order;
+//! - [`launch`]: where a process stands in its group, and how the ranks find one another;
 //! - [`CommError`]: who failed, with whom, about which message, and why.
 //!
 //! # Glossary
@@ -67,6 +68,7 @@ pub mod collective;
 mod communicator;
 pub mod conformance;
 mod error;
+pub mod launch;
 mod loopback;
 pub mod pool;
 mod subgroup;
