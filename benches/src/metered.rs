@@ -11,8 +11,8 @@
 use std::{fmt, time::Duration};
 
 use ring_comm::{
-    CommError, Expected, GroupId, PendingRecv, PendingSend, Rank, RecvRequest, SendRequest, Tag, Traffic,
-    Transport,
+    CommError, Expected, GroupId, PendingRecv, PendingSend, Rank, RecvRequest, SendRequest, Tag,
+    Traffic, Transport,
     buffer::{Buffer, HostBuffer},
 };
 
@@ -79,7 +79,8 @@ impl<T: Transport<HostBuffer> + fmt::Debug> Transport<HostBuffer> for Metered<T>
         operation: u64,
         bytes: Vec<u8>,
     ) -> Result<Vec<Vec<u8>>, CommError> {
-        self.0.all_gather_bytes_among(group, members, operation, bytes)
+        self.0
+            .all_gather_bytes_among(group, members, operation, bytes)
     }
 
     fn global_rank(&self, rank: Rank) -> Rank {
