@@ -20,13 +20,13 @@
 //! The first launcher of the table that is set decides. Those after it must say the same: two that contradict each other in
 //! rank or world size are an error, as is a rank without a world size. If none is set, the process is the only rank.
 //!
-//! **SLURM is asked last, and only if no other launcher is set.** `mpirun` and `torchrun` inside a SLURM job pass on SLURM's
-//! variables, which then describe the batch script or the launcher's own daemons. A process of which SLURM says that it is task 0
-//! but not of which step (no `SLURM_STEP_ID`) is the batch script itself, not one of the `SLURM_NTASKS` tasks, and is the only rank;
-//! so is a shell of an allocation, which has no `SLURM_PROCID`.
+//! **SLURM is asked last, and only if no other launcher is set.** `mpirun` and `torchrun` inside a SLURM job pass on
+//! SLURM's variables, which then describe the batch script or the launcher's own daemons. A process of which SLURM says
+//! that it is task 0 but not of which step (no `SLURM_STEP_ID`) is the batch script itself, not one of the `SLURM_NTASKS`
+//! tasks, and is the only rank; so is a shell of an allocation, which has no `SLURM_PROCID`.
 //!
-//! **torchrun listens on `MASTER_PORT` itself** when `TORCHELASTIC_USE_AGENT_STORE` is `True`; the rendezvous is then the port after it
-//! (before it, for the last one). `RING_RENDEZVOUS` overrides that.
+//! **torchrun listens on `MASTER_PORT` itself** when `TORCHELASTIC_USE_AGENT_STORE` is `True`; the rendezvous is then the
+//! port after it (before it, for the last one). `RING_RENDEZVOUS` overrides that.
 
 mod environment;
 mod error;
@@ -147,8 +147,8 @@ impl Launch {
     /// A single rank without a rendezvous serves itself, on a free port of the loopback interface.
     ///
     /// # Errors
-    /// [`LaunchError::NoRendezvous`] if there are several ranks and no rendezvous; [`LaunchError::Store`] if the store cannot be
-    /// opened by the deadline.
+    /// [`LaunchError::NoRendezvous`] if there are several ranks and no rendezvous; [`LaunchError::Store`] if the store
+    /// cannot be opened by the deadline.
     pub fn open_store(&self) -> Result<Store, LaunchError> {
         let address = match (&self.rendezvous, self.world_size.value) {
             (Some(rendezvous), _) => rendezvous.value.to_string(),

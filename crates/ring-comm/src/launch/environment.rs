@@ -65,7 +65,8 @@ struct Place {
 /// The place of this process, from its environment. The [module](super) says which variables count.
 ///
 /// # Errors
-/// [`LaunchError`] if a variable is malformed, one of two that belong together is missing, or launchers contradict each other.
+/// [`LaunchError`] if a variable is malformed, one of two that belong together is missing, or launchers contradict each
+/// other.
 pub fn from_env() -> Result<Launch, LaunchError> {
     from_variables(|name| std::env::var_os(name))
 }

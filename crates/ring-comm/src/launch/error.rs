@@ -54,7 +54,7 @@ pub enum LaunchError {
     },
     /// Two launchers say different things.
     #[error(
-        "{first}={first_value} contradicts {second}={second_value}: unset the variables of the launcher that did not start this process"
+        "{first}={first_value} contradicts {second}={second_value}: unset those of the launcher that did not start this"
     )]
     Contradiction {
         /// A variable.
@@ -67,7 +67,9 @@ pub enum LaunchError {
         second_value: usize,
     },
     /// An address of another form.
-    #[error("{variable}={value:?} must be host:port, [IPv6 address]:port, with a port of 1 to 65535")]
+    #[error(
+        "{variable}={value:?} must be host:port, [IPv6 address]:port, with a port of 1 to 65535"
+    )]
     BadAddress {
         /// The variable.
         variable: &'static str,
@@ -97,7 +99,9 @@ pub enum LaunchError {
         variable: &'static str,
     },
     /// Several ranks, and nothing says where they meet.
-    #[error("{world_size} ranks need a place to meet: set RING_RENDEZVOUS=host:port, the same on all of them")]
+    #[error(
+        "{world_size} ranks need a place to meet: set RING_RENDEZVOUS=host:port, the same on all of them"
+    )]
     NoRendezvous {
         /// Number of ranks.
         world_size: usize,

@@ -93,14 +93,24 @@ fn launchers_that_contradict_each_other_are_an_error() {
     ];
     for (index, &(rank, size)) in names.iter().enumerate() {
         for &(other_rank, other_size) in &names[index + 1..] {
-            let of_rank = error(&[(rank, "1"), (size, "4"), (other_rank, "2"), (other_size, "4")]);
+            let of_rank = error(&[
+                (rank, "1"),
+                (size, "4"),
+                (other_rank, "2"),
+                (other_size, "4"),
+            ]);
             assert!(
                 of_rank
                     .to_string()
                     .starts_with(&format!("{rank}=1 contradicts {other_rank}=2")),
                 "{of_rank}"
             );
-            let of_size = error(&[(rank, "1"), (size, "4"), (other_rank, "1"), (other_size, "3")]);
+            let of_size = error(&[
+                (rank, "1"),
+                (size, "4"),
+                (other_rank, "1"),
+                (other_size, "3"),
+            ]);
             assert!(
                 of_size
                     .to_string()
@@ -152,13 +162,15 @@ fn numbers_that_are_none_are_an_error_with_variable_and_value() {
 
 #[test]
 fn values_that_are_not_unicode_are_an_error() {
-    let error = from_variables(|name| {
-        (name == "RANK").then(|| OsString::from_vec(vec![b'1', 0xff]))
-    })
-    .unwrap_err();
+    let error =
+        from_variables(|name| (name == "RANK").then(|| OsString::from_vec(vec![b'1', 0xff])))
+            .unwrap_err();
     assert!(matches!(
         error,
-        LaunchError::NotUnicode { variable: "RANK", .. }
+        LaunchError::NotUnicode {
+            variable: "RANK",
+            ..
+        }
     ));
 }
 
@@ -256,7 +268,15 @@ fn the_rendezvous_is_ours_or_that_of_torchrun() {
 #[test]
 fn a_rendezvous_that_is_none_is_an_error() {
     for value in [
-        "", "node1", "node1:", ":29500", "node1:0", "node1:65536", "node1:x", "::1:29500", "[]:1",
+        "",
+        "node1",
+        "node1:",
+        ":29500",
+        "node1:0",
+        "node1:65536",
+        "node1:x",
+        "::1:29500",
+        "[]:1",
     ] {
         assert_eq!(
             error(&[("RING_RENDEZVOUS", value)]),

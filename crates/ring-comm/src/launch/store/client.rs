@@ -19,10 +19,7 @@ use super::{
     error::{Failure, FailureKind, StoreError},
     handshake::{self, JoinError, Timed},
     hub::shortened,
-    wire::{
-        Answer, FrameError, MAX_FRAME, Question, Refusal, Request, read_frame,
-        write_queue,
-    },
+    wire::{Answer, FrameError, MAX_FRAME, Question, Refusal, Request, read_frame, write_queue},
 };
 use crate::transport::Rank;
 
@@ -98,7 +95,7 @@ impl Client {
         membership: &Membership,
         deadline: Duration,
     ) -> Result<Self, StoreError> {
-        let until = Instant::now() + deadline;
+        let until = after(deadline);
         let [mut pause, longest] = RETRY_PAUSES;
         loop {
             let last = match attempt(address, membership, until) {
@@ -180,12 +177,8 @@ impl Client {
     }
 
     /// Asks rank 0 and waits for its answer.
-    pub(super) fn ask(
-        &self,
-        question: Question,
-        deadline: Duration,
-    ) -> Result<Answer, StoreError> {
-        let until = Instant::now() + deadline;
+    pub(super) fn ask(&self, question: Question, deadline: Duration) -> Result<Answer, StoreError> {
+        let until = after(deadline);
         let (verb, key) = question.about();
         let what = format!("{verb} {key:?}");
         let key = key.to_owned();
@@ -197,9 +190,9 @@ impl Client {
         };
         let answer = match answer {
             // The answer may still come; if not, it is said who was missing.
-            Ok(None) if self.send(Request::Forget { number }) => self
-                .shared
-                .answer(number, Instant::now() + FORGET_GRACE),
+            Ok(None) if self.send(Request::Forget { number }) => {
+                self.shared.answer(number, Instant::now() + FORGET_GRACE)
+            }
             answer => answer,
         };
         self.shared.lock().pending.remove(&number);
@@ -273,6 +266,11 @@ impl Client {
                 callback(&failure);
             }
         }
+    }
+
+    #[cfg(test)]
+    pub(super) fn stream(&self) -> &TcpStream {
+        &self.stream
     }
 
     /// Breaks the connection without a goodbye.
@@ -350,9 +348,7 @@ impl Shared {
     fn answer(&self, number: u64, until: Instant) -> Result<Option<Answer>, StoreError> {
         let timeout = until.saturating_duration_since(Instant::now());
         let has_answer = |state: &State| state.pending.get(&number).is_some_and(Option::is_some);
-        let mut state = self.wait(timeout, |state| {
-            has_answer(state) || state.check().is_err()
-        });
+        let mut state = self.wait(timeout, |state| has_answer(state) || state.check().is_err());
         match state.pending.get_mut(&number).and_then(Option::take) {
             Some(answer) => Ok(Some(answer)),
             None => state.check().map(|()| None),
@@ -423,6 +419,12 @@ impl State {
             None => Ok(()),
         }
     }
+}
+
+/// The end of a wait that begins now; of one that is too long for the clock, in a thousand years.
+fn after(deadline: Duration) -> Instant {
+    const LONGEST: Duration = Duration::from_hours(1000 * 365 * 24);
+    Instant::now() + deadline.min(LONGEST)
 }
 
 /// Tries once to connect and to be let in.

@@ -33,7 +33,9 @@ pub enum FailureKind {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum StoreError {
     /// Rank 0 cannot listen because something else does.
-    #[error("rank 0 cannot listen at {address}: the port is in use; choose another, the same on all ranks")]
+    #[error(
+        "rank 0 cannot listen at {address}: the port is in use; choose another, the same on all ranks"
+    )]
     AddressInUse {
         /// The address.
         address: String,
@@ -59,7 +61,9 @@ pub enum StoreError {
         last: String,
     },
     /// Something else listens there.
-    #[error("what answers at {address} is not the store of rank 0: expected {expected:?}, got {got:?}")]
+    #[error(
+        "what answers at {address} is not the store of rank 0: expected {expected:?}, got {got:?}"
+    )]
     NotAStore {
         /// Where.
         address: SocketAddr,
@@ -69,7 +73,9 @@ pub enum StoreError {
         got: String,
     },
     /// Rank 0 runs another version of this library.
-    #[error("rank 0 at {address} speaks version {theirs} of the protocol, rank {rank} version {ours}")]
+    #[error(
+        "rank 0 at {address} speaks version {theirs} of the protocol, rank {rank} version {ours}"
+    )]
     Version {
         /// The rank that tried.
         rank: Rank,
@@ -175,7 +181,8 @@ pub enum StoreError {
         what: String,
         /// How long.
         deadline: Duration,
-        /// Of a gather, the ranks that have not contributed; of a get, those that have not joined. Empty if rank 0 itself does not answer.
+        /// Of a gather, the ranks that have not contributed; of a get, those that have not joined. Empty if rank 0 itself
+        /// does not answer.
         missing: Vec<Rank>,
     },
     /// A rank has failed, and the store has ended.

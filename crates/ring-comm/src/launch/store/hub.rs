@@ -14,9 +14,7 @@ use super::{
     MAX_STORED_BYTES, Membership,
     error::{Failure, FailureKind},
     handshake::Verdict,
-    wire::{
-        Answer, MAX_KEY_BYTES, MAX_REASON_BYTES, MAX_VALUE_BYTES, Question, Refusal, Request,
-    },
+    wire::{Answer, MAX_KEY_BYTES, MAX_REASON_BYTES, MAX_VALUE_BYTES, Question, Refusal, Request},
 };
 use crate::transport::Rank;
 
@@ -100,9 +98,7 @@ impl Hub {
     pub(super) fn connect(&self, stream: Arc<TcpStream>) -> Option<u64> {
         let mut state = self.lock();
         let connections = state.connections.values();
-        let strangers = connections
-            .filter(|connection| connection.stranger)
-            .count();
+        let strangers = connections.filter(|connection| connection.stranger).count();
         if state.closing || strangers >= MAX_STRANGERS {
             return None;
         }
@@ -297,7 +293,9 @@ impl State {
                 .is_some_and(|(other, _)| *other == waiting)
         });
         let missing = if let Some(gather) = gather {
-            let missing = everybody.filter(|rank| !gather.contains_key(rank)).collect();
+            let missing = everybody
+                .filter(|rank| !gather.contains_key(rank))
+                .collect();
             gather.remove(&waiting.rank);
             missing
         } else if self.gets.values().flatten().any(|other| *other == waiting) {

@@ -36,7 +36,11 @@ fn join(zero: &Store, rank: Rank) -> Store {
 /// The stores of all ranks of a job.
 fn job(world_size: usize) -> Vec<Store> {
     let mut stores = vec![serve(world_size)];
-    stores.extend((1..world_size).map(|rank| join(&stores[0], rank)).collect::<Vec<_>>());
+    stores.extend(
+        (1..world_size)
+            .map(|rank| join(&stores[0], rank))
+            .collect::<Vec<_>>(),
+    );
     stores
 }
 
@@ -75,14 +79,18 @@ fn ranks_exchange_what_they_set() {
         let stores = job(world_size);
         on_every_rank(&stores, |store| {
             let rank = store.rank();
-            store.set(&format!("of {rank}"), vec![rank as u8; rank]).unwrap();
+            store
+                .set(&format!("of {rank}"), vec![rank as u8; rank])
+                .unwrap();
             for peer in 0..world_size {
                 let value = store.get(&format!("of {peer}"), LONG).unwrap();
                 assert_eq!(value, vec![peer as u8; peer]);
             }
             // Names can be used again.
             for round in 0..3u8 {
-                let values = store.all_gather("parts", [round, rank as u8], LONG).unwrap();
+                let values = store
+                    .all_gather("parts", [round, rank as u8], LONG)
+                    .unwrap();
                 let expected: Vec<_> = (0..world_size).map(|p| vec![round, p as u8]).collect();
                 assert_eq!(values, expected);
             }
@@ -136,10 +144,16 @@ fn rank_zero_that_never_comes_is_an_error_at_the_deadline() {
     // Accepted by the system, never answered.
     let start = Instant::now();
     let error = Store::open(&address, Membership::new(1, 2), SHORT).unwrap_err();
-    assert!(matches!(&error, StoreError::Unreachable { rank: 1, .. }), "{error}");
+    assert!(
+        matches!(&error, StoreError::Unreachable { rank: 1, .. }),
+        "{error}"
+    );
     drop(listener);
     let error = Store::open(&address, Membership::new(1, 2), SHORT).unwrap_err();
-    assert!(matches!(&error, StoreError::Unreachable { rank: 1, .. }), "{error}");
+    assert!(
+        matches!(&error, StoreError::Unreachable { rank: 1, .. }),
+        "{error}"
+    );
     assert!(start.elapsed() < LONG / 3);
 }
 
@@ -175,8 +189,14 @@ fn who_does_not_belong_to_the_job_is_refused() {
     let refusal = |membership| try_join(&zero, membership).unwrap_err();
 
     let wrong_token = StoreError::WrongToken { rank: 1, address };
-    assert_eq!(refusal(member(1, 3).token(Token::new("guess"))), wrong_token);
-    assert_eq!(refusal(Membership::new(1, 3).job_id("training")), wrong_token);
+    assert_eq!(
+        refusal(member(1, 3).token(Token::new("guess"))),
+        wrong_token
+    );
+    assert_eq!(
+        refusal(Membership::new(1, 3).job_id("training")),
+        wrong_token
+    );
     // Who does not know the token learns nothing else.
     assert_eq!(refusal(Membership::new(1, 5)), wrong_token);
     assert_eq!(
@@ -198,10 +218,15 @@ fn who_does_not_belong_to_the_job_is_refused() {
         }
     );
     let one = try_join(&zero, member(1, 3)).unwrap();
-    assert_eq!(refusal(member(1, 3)), StoreError::DuplicateRank { rank: 1, address });
+    assert_eq!(
+        refusal(member(1, 3)),
+        StoreError::DuplicateRank { rank: 1, address }
+    );
     // Nobody was disturbed.
     let two = try_join(&zero, member(2, 3)).unwrap();
-    on_every_rank(&[zero, one, two], |store| store.barrier("all", LONG).unwrap());
+    on_every_rank(&[zero, one, two], |store| {
+        store.barrier("all", LONG).unwrap()
+    });
 }
 
 #[test]
@@ -214,7 +239,10 @@ fn impossible_members_do_not_even_try() {
             world_size: 2
         }
     );
-    assert!(matches!(open(Membership::new(0, 0)), StoreError::RankOutOfRange { .. }));
+    assert!(matches!(
+        open(Membership::new(0, 0)),
+        StoreError::RankOutOfRange { .. }
+    ));
     assert!(matches!(
         open(Membership::new(0, MAX_WORLD_SIZE + 1)),
         StoreError::TooManyRanks { .. }
@@ -259,17 +287,26 @@ fn answer_with(bytes: &[u8]) -> StoreError {
 #[test]
 fn what_is_no_store_is_recognised() {
     let error = answer_with(b"HTTP/1.1 400 Bad Request\r\n\r\n");
-    assert!(matches!(&error, StoreError::NotAStore { got, .. } if got == "HTTP/1.1"), "{error}");
+    assert!(
+        matches!(&error, StoreError::NotAStore { got, .. } if got == "HTTP/1.1"),
+        "{error}"
+    );
 
     let hello = |version: u32| [&b"ringstor"[..], &version.to_le_bytes(), &[7; 32]].concat();
     let error = answer_with(&hello(9));
-    assert!(matches!(error, StoreError::Version { theirs: 9, .. }), "{error}");
+    assert!(
+        matches!(error, StoreError::Version { theirs: 9, .. }),
+        "{error}"
+    );
 
     let mut impostor = hello(1);
     let proof = [7; 32];
     write_frame(&mut impostor, &handshake::Verdict::Welcome { proof }).unwrap();
     let error = answer_with(&impostor);
-    assert!(matches!(error, StoreError::Impostor { rank: 1, .. }), "{error}");
+    assert!(
+        matches!(error, StoreError::Impostor { rank: 1, .. }),
+        "{error}"
+    );
 }
 
 #[test]
@@ -331,7 +368,10 @@ fn a_rank_that_sends_nonsense_is_lost() {
     let too_long = |stream: &mut TcpStream| stream.write_all(&u32::MAX.to_le_bytes()).unwrap();
     let nonsense = |stream: &mut TcpStream| write_frame(stream, &[255u8; 9]).unwrap();
     for (spoil, reason) in [
-        (&too_long as &dyn Fn(&mut TcpStream), "a message of 4294967295 bytes"),
+        (
+            &too_long as &dyn Fn(&mut TcpStream),
+            "a message of 4294967295 bytes",
+        ),
         (&nonsense, "a message that cannot be decoded"),
     ] {
         let zero = serve(2);
@@ -351,13 +391,19 @@ fn sizes_are_limited_on_both_sides() {
     let zero = serve(2);
     let long_key = "k".repeat(MAX_KEY_BYTES + 1);
     let too_long = |result: Result<(), StoreError>| {
-        assert!(matches!(result, Err(StoreError::TooLong { .. })), "{result:?}");
+        assert!(
+            matches!(result, Err(StoreError::TooLong { .. })),
+            "{result:?}"
+        );
     };
     too_long(zero.set(&long_key, ""));
     too_long(zero.get(&long_key, LONG).map(drop));
     too_long(zero.barrier(&long_key, LONG));
     too_long(zero.set("key", vec![0; MAX_VALUE_BYTES + 1]));
-    too_long(zero.all_gather("name", vec![0; MAX_VALUE_BYTES / 2 + 1], LONG).map(drop));
+    too_long(
+        zero.all_gather("name", vec![0; MAX_VALUE_BYTES / 2 + 1], LONG)
+            .map(drop),
+    );
     zero.set("key", vec![7; MAX_VALUE_BYTES]).unwrap();
     assert_eq!(zero.get("key", LONG).unwrap(), vec![7; MAX_VALUE_BYTES]);
 
@@ -367,7 +413,14 @@ fn sizes_are_limited_on_both_sides() {
     assert!(handshake::join(&mut timed, zero.address(), &Membership::new(1, 2)).is_ok());
     let key = long_key;
     let question = Question::Get { key };
-    write_frame(&mut stream, &Request::Ask { number: 5, question }).unwrap();
+    write_frame(
+        &mut stream,
+        &Request::Ask {
+            number: 5,
+            question,
+        },
+    )
+    .unwrap();
     let refusal = wire::Refusal::TooLong;
     assert_eq!(
         read_frame::<Answer>(&mut stream, MAX_FRAME).unwrap(),
@@ -427,7 +480,9 @@ fn an_abort_is_seen_by_all_at_once() {
     let start = Instant::now();
     thread::scope(|scope| {
         // Waits that are under way end too.
-        let waiting = stores.iter().map(|store| scope.spawn(|| store.get("never", LONG)));
+        let waiting = stores
+            .iter()
+            .map(|store| scope.spawn(|| store.get("never", LONG)));
         let waiting: Vec<_> = waiting.collect();
         stores[2].abort("out of memory");
         for waiting in waiting {
@@ -437,12 +492,21 @@ fn an_abort_is_seen_by_all_at_once() {
     });
     for store in &stores {
         assert_eq!(store.wait_for_failure(LONG), Some(failure.clone()));
-        assert_eq!(store.set("key", ""), Err(StoreError::Failed(failure.clone())));
+        assert_eq!(
+            store.set("key", ""),
+            Err(StoreError::Failed(failure.clone()))
+        );
     }
-    let mut called: Vec<_> = (0..4).map(|_| callbacks.recv_timeout(LONG).unwrap()).collect();
+    let mut called: Vec<_> = (0..4)
+        .map(|_| callbacks.recv_timeout(LONG).unwrap())
+        .collect();
     called.sort_by_key(|(rank, _)| *rank);
     assert_eq!(called, [0, 1, 2, 3].map(|rank| (rank, failure.clone())));
-    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    assert!(
+        start.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        start.elapsed()
+    );
 
     // Later callbacks are called at once, and only the first failure counts.
     let (sender, late) = mpsc::channel();
@@ -471,21 +535,31 @@ fn a_job_can_meet_again_where_one_was_aborted() {
 fn who_joins_after_a_failure_hears_of_it() {
     let zero = serve(3);
     join(&zero, 1).abort("early");
-    assert_eq!(join(&zero, 2).wait_for_failure(LONG), Some(aborted(1, "early")));
+    assert_eq!(
+        join(&zero, 2).wait_for_failure(LONG),
+        Some(aborted(1, "early"))
+    );
 }
 
 #[test]
 fn a_panic_is_an_abort() {
     let stores = job(3);
     let mut stores = stores.into_iter();
-    let (zero, one, two) = (stores.next().unwrap(), stores.next().unwrap(), stores.next());
+    let (zero, one, two) = (
+        stores.next().unwrap(),
+        stores.next().unwrap(),
+        stores.next(),
+    );
     let panicked = thread::spawn(move || {
         let _store = two;
         panic!("on purpose");
     });
     assert!(panicked.join().is_err());
     for store in [&one, &zero] {
-        assert_eq!(store.wait_for_failure(LONG), Some(aborted(2, "it panicked")));
+        assert_eq!(
+            store.wait_for_failure(LONG),
+            Some(aborted(2, "it panicked"))
+        );
     }
 }
 
@@ -523,7 +597,11 @@ fn the_store_ends_in_peace_with_rank_zero() {
         let waiting = scope.spawn(|| stores[0].get("never", LONG));
         let start = Instant::now();
         drop(zero);
-        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+        assert!(
+            start.elapsed() < Duration::from_secs(1),
+            "{:?}",
+            start.elapsed()
+        );
         assert_eq!(waiting.join().unwrap(), Err(StoreError::Closed));
     });
     for store in stores {
@@ -548,7 +626,44 @@ fn a_callback_may_use_and_drop_its_store() {
     drop(one);
     zero.abort("first");
     let failure = aborted(0, "first");
-    assert_eq!(done.recv_timeout(LONG).unwrap(), Err(StoreError::Failed(failure)));
+    assert_eq!(
+        done.recv_timeout(LONG).unwrap(),
+        Err(StoreError::Failed(failure))
+    );
+}
+
+#[test]
+fn a_deadline_may_be_as_long_as_can_be_said() {
+    let zero = Store::open(ANYWHERE, Membership::new(0, 1), Duration::MAX).unwrap();
+    zero.set("key", "value").unwrap();
+    assert_eq!(zero.get("key", Duration::MAX).unwrap(), b"value");
+}
+
+#[test]
+fn a_host_name_will_do() {
+    let zero = Store::open("localhost:0", Membership::new(0, 2), LONG).unwrap();
+    assert!(zero.address().ip().is_loopback());
+    let address = format!("localhost:{}", zero.address().port());
+    let one = Store::open(&address, Membership::new(1, 2), LONG).unwrap();
+    on_every_rank(&[one, zero], |store| store.barrier("met", LONG).unwrap());
+}
+
+#[test]
+fn rank_zero_reaches_itself_where_it_listens_for_everybody() {
+    let zero = Store::open("0.0.0.0:0", Membership::new(0, 1), LONG).unwrap();
+    assert!(zero.address().ip().is_unspecified());
+    zero.barrier("alone", LONG).unwrap();
+}
+
+#[test]
+fn a_silent_connection_is_asked_whether_it_lives() {
+    let zero = serve(1);
+    let socket = socket2::SockRef::from(zero.client.stream());
+    assert!(socket.keepalive().unwrap());
+    assert_eq!(
+        socket.tcp_keepalive_time().unwrap(),
+        Duration::from_secs(10)
+    );
 }
 
 #[test]
@@ -578,7 +693,11 @@ fn nothing_is_sent_in_clear_of_the_token() {
         one.join().unwrap().unwrap();
         heard
     });
-    let found = |text: &str| heard.windows(text.len()).any(|part| part == text.as_bytes());
+    let found = |text: &str| {
+        heard
+            .windows(text.len())
+            .any(|part| part == text.as_bytes())
+    };
     assert!(found("ringstor"));
     assert!(!found(secret));
     assert_eq!(zero.failure(), None);

@@ -245,6 +245,9 @@ mod tests {
     fn trailing_bytes_are_refused() {
         let mut body = postcard::to_allocvec(&Request::Goodbye).unwrap();
         body.push(0);
-        assert!(matches!(decode::<Request>(&body), Err(FrameError::Malformed)));
+        assert!(matches!(
+            decode::<Request>(&body),
+            Err(FrameError::Malformed)
+        ));
     }
 }
