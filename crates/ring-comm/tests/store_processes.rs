@@ -99,6 +99,7 @@ fn is_child() -> bool {
         _ => from_env().unwrap().open_store().unwrap(),
     };
     store.barrier("everybody is here", DEADLINE).unwrap();
+    eprintln!("ready");
     match role.as_str() {
         "listen" => {
             let failure = store.wait_for_failure(DEADLINE).unwrap();
@@ -136,6 +137,9 @@ fn with_children(test: &str, roles: [&str; 2]) -> (Store, [Rank; 2]) {
     let address = zero.address().to_string();
     let children = [1, 2].map(|rank| Rank::start(test, roles[rank - 1], rank, &address));
     zero.barrier("everybody is here", DEADLINE).unwrap();
+    for child in &children {
+        child.says("ready", DEADLINE).unwrap();
+    }
     (zero, children)
 }
 
@@ -177,6 +181,7 @@ fn a_killed_rank_zero_is_noticed_by_all() {
     let two = Rank::start(test, "listen", 2, &address);
     let one = open(&address, 1);
     one.barrier("everybody is here", DEADLINE).unwrap();
+    two.says("ready", DEADLINE).unwrap();
     zero.kill();
     let failure = one.wait_for_failure(SOON).unwrap();
     assert!(is_lost(&failure, 0), "{failure}");
@@ -189,7 +194,7 @@ fn a_process_that_aborts_and_exits_is_heard() {
         return;
     }
     let test = "a_process_that_aborts_and_exits_is_heard";
-    let (zero, [listener, _]) = with_children(test, ["listen", "abort"]);
+    let (zero, [listener, _aborting]) = with_children(test, ["listen", "abort"]);
     let failure = zero.wait_for_failure(SOON).unwrap();
     assert_eq!(failure.to_string(), "rank 2 aborted: no more memory");
     assert_eq!(listener.hears(), failure.to_string());
