@@ -674,9 +674,8 @@ fn long_reasons_are_cut() {
     assert_eq!(failure, aborted(1, &"\u{e9}".repeat(MAX_REASON_BYTES / 2)));
 }
 
-#[test]
-fn nothing_is_sent_in_clear_of_the_token() {
-    let secret = "a secret that is easy to find";
+/// A job with this token, and what a rank that joins and leaves sends to rank 0, and what that sends back.
+fn listened_in(secret: &str) -> (Store, [Vec<u8>; 2]) {
     let member = |rank| Membership::new(rank, 2).token(Token::new(secret));
     let zero = Store::open(ANYWHERE, member(0), LONG).unwrap();
     // Rank 1 goes through something that listens in.
@@ -688,19 +687,39 @@ fn nothing_is_sent_in_clear_of_the_token() {
         let to = Arc::new(TcpStream::connect(zero.address()).unwrap());
         let (back, forth) = (Arc::clone(&to), Arc::clone(&from));
         let down = scope.spawn(move || pass_on(&back, &forth));
-        let mut heard = pass_on(&from, &to);
-        heard.extend(down.join().unwrap());
+        let up = pass_on(&from, &to);
         one.join().unwrap().unwrap();
-        heard
+        [up, down.join().unwrap()]
     });
-    let found = |text: &str| {
-        heard
-            .windows(text.len())
-            .any(|part| part == text.as_bytes())
-    };
-    assert!(found("ringstor"));
-    assert!(!found(secret));
+    (zero, heard)
+}
+
+#[test]
+fn the_token_is_not_sent_in_clear() {
+    let secret = "a secret that is easy to find";
+    let (zero, heard) = listened_in(secret);
+    for heard in heard {
+        let found = |text: &str| {
+            heard
+                .windows(text.len())
+                .any(|part| part == text.as_bytes())
+        };
+        assert!(found("ringstor"));
+        assert!(!found(secret));
+    }
     assert_eq!(zero.failure(), None);
+}
+
+#[test]
+fn what_was_heard_lets_nobody_in() {
+    let (zero, [heard, _]) = listened_in("sesame");
+    let mut stream = TcpStream::connect(zero.address()).unwrap();
+    // Its hello, and its first frame.
+    let len = u32::from_le_bytes(heard[44..48].try_into().unwrap()) as usize;
+    stream.write_all(&heard[..48 + len]).unwrap();
+    stream.read_exact(&mut [0; 44]).unwrap();
+    let verdict: handshake::Verdict = read_frame(&mut stream, MAX_FRAME).unwrap();
+    assert_eq!(verdict, handshake::Verdict::WrongToken);
 }
 
 /// Passes on all that comes; returns it.
