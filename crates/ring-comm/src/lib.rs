@@ -11,6 +11,7 @@
 //! - [`Communicator`]: a transport with the numbering of operations and the check that all ranks plan the same;
 //! - [`BufferPool`]: memory of messages, kept for the next ones;
 //! - [`Trace`]: who computed, sent and waited when, as a file to look at;
+//! - [`FlightRecorder`]: the last operations of a rank, part of every error;
 //! - [`collective`]: sums over ranks in a fixed order;
 //! - [`CommError`]: who failed, with whom, about which message, and why.
 //!
@@ -69,6 +70,7 @@ pub mod conformance;
 mod error;
 mod loopback;
 pub mod pool;
+pub mod recorder;
 mod subgroup;
 pub mod trace;
 mod transport;
@@ -77,5 +79,6 @@ pub use communicator::{Communicator, REMEMBERED_AGREEMENTS};
 pub use error::{CommError, CommErrorKind, Disagreement};
 pub use loopback::{Loopback, LoopbackEndpoint, RankPanic};
 pub use pool::BufferPool;
+pub use recorder::{FlightRecord, FlightRecorder};
 pub use trace::Trace;
 pub use transport::*;
