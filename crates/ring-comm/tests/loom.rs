@@ -13,25 +13,45 @@ use ring_comm::{
     buffer::{DType, HostBuffer},
 };
 
+use Part::{Leaves, Stays};
+
 type Endpoint = LoopbackEndpoint<HostBuffer>;
 type Outcome = Result<(), CommError>;
 
-/// Runs a body for each rank of a group, and judges what they return, in every interleaving.
-fn check<const P: usize>(bodies: [fn(Endpoint) -> Outcome; P], judge: fn([Outcome; P])) {
+/// What a rank does.
+#[derive(Clone, Copy)]
+enum Part {
+    /// It stays in the group until all have ended, so that its departure wakes nobody.
+    Stays(fn(&Endpoint) -> Outcome),
+    Leaves(fn(Endpoint) -> Outcome),
+}
+
+impl Part {
+    fn play(self, endpoint: Endpoint) -> (Outcome, Option<Endpoint>) {
+        match self {
+            Stays(act) => (act(&endpoint), Some(endpoint)),
+            Leaves(act) => (act(endpoint), None),
+        }
+    }
+}
+
+/// Runs the parts of all ranks of a group, and judges what they return, in every interleaving.
+fn check<const P: usize>(parts: [Part; P], judge: fn([Outcome; P])) {
     let mut builder = Builder::new();
     if env::var_os("LOOM_MAX_PREEMPTIONS").is_none() {
         builder.preemption_bound = Some(3);
     }
     builder.check(move || {
         let endpoints = Loopback::group(P, Duration::MAX);
-        let mut ranks: Vec<_> = endpoints.into_iter().zip(bodies).collect();
-        let (own, body) = ranks.remove(0);
+        let mut ranks: Vec<_> = endpoints.into_iter().zip(parts).collect();
+        let (endpoint, part) = ranks.remove(0);
         let threads: Vec<_> = ranks
             .into_iter()
-            .map(|(endpoint, body)| thread::spawn(move || body(endpoint)))
+            .map(|(endpoint, part)| thread::spawn(move || part.play(endpoint)))
             .collect();
-        let mut outcomes = vec![body(own)];
-        outcomes.extend(threads.into_iter().map(|thread| thread.join().unwrap()));
+        let mut ended = vec![part.play(endpoint)];
+        ended.extend(threads.into_iter().map(|thread| thread.join().unwrap()));
+        let outcomes: Vec<Outcome> = ended.iter().map(|(outcome, _)| outcome.clone()).collect();
         judge(outcomes.try_into().unwrap());
     });
 }
@@ -83,7 +103,7 @@ fn assert_at_most_aborted(outcomes: &[Outcome], culprit: Rank) {
     }
 }
 
-fn abort(endpoint: Endpoint) -> Outcome {
+fn abort(endpoint: &Endpoint) -> Outcome {
     endpoint.abort("staged");
     Ok(())
 }
@@ -93,7 +113,7 @@ fn leave(_: Endpoint) -> Outcome {
 }
 
 /// Not a rank that takes part, but the clock.
-fn let_the_deadline_pass(endpoint: Endpoint) -> Outcome {
+fn let_the_deadline_pass(endpoint: &Endpoint) -> Outcome {
     endpoint.pass_deadline();
     Ok(())
 }
@@ -102,8 +122,8 @@ fn let_the_deadline_pass(endpoint: Endpoint) -> Outcome {
 fn a_message_arrives() {
     check(
         [
-            |endpoint| send(&endpoint, 1, 0),
-            |endpoint| receive(&endpoint, 0, 0),
+            Stays(|endpoint| send(endpoint, 1, 0)),
+            Stays(|endpoint| receive(endpoint, 0, 0)),
         ],
         |outcomes| assert_eq!(outcomes, [Ok(()), Ok(())]),
     );
@@ -111,48 +131,51 @@ fn a_message_arrives() {
 
 #[test]
 fn a_message_each_way_arrives() {
-    fn swap(endpoint: Endpoint) -> Outcome {
+    fn swap(endpoint: &Endpoint) -> Outcome {
         let peer = 1 - endpoint.rank();
         let outgoing = endpoint.isend(peer, tag(0), message(0))?;
-        receive(&endpoint, peer, 0)?;
+        receive(endpoint, peer, 0)?;
         outgoing.wait().map(drop)
     }
-    check([swap, swap], |outcomes| {
+    check([Stays(swap), Stays(swap)], |outcomes| {
         assert_eq!(outcomes, [Ok(()), Ok(())])
     });
 }
 
 #[test]
 fn a_full_queue_moves_on() {
-    fn send_three(endpoint: Endpoint) -> Outcome {
+    fn send_three(endpoint: &Endpoint) -> Outcome {
         let isend = |step| endpoint.isend(1, tag(step), message(step));
         let requests: Vec<_> = (0..3).map(isend).collect::<Result<_, _>>()?;
         requests
             .into_iter()
             .try_for_each(|request| request.wait().map(drop))
     }
-    fn receive_three(endpoint: Endpoint) -> Outcome {
-        (0..3).try_for_each(|step| receive(&endpoint, 0, step))
+    fn receive_three(endpoint: &Endpoint) -> Outcome {
+        (0..3).try_for_each(|step| receive(endpoint, 0, step))
     }
-    check([send_three, receive_three], |outcomes| {
+    check([Stays(send_three), Stays(receive_three)], |outcomes| {
         assert_eq!(outcomes, [Ok(()), Ok(())])
     });
 }
 
 #[test]
 fn an_abort_ends_a_send() {
-    check([|endpoint| send(&endpoint, 1, 0), abort], |[sent, _]| {
-        assert_eq!(sent.unwrap_err().root().kind, aborted(1));
-    });
+    check(
+        [Stays(|endpoint| send(endpoint, 1, 0)), Stays(abort)],
+        |[sent, _]| {
+            assert_eq!(sent.unwrap_err().root().kind, aborted(1));
+        },
+    );
 }
 
 #[test]
 fn an_abort_races_a_message() {
     check(
         [
-            |endpoint| send(&endpoint, 1, 0),
-            |endpoint| receive(&endpoint, 0, 0),
-            abort,
+            Stays(|endpoint| send(endpoint, 1, 0)),
+            Stays(|endpoint| receive(endpoint, 0, 0)),
+            Stays(abort),
         ],
         |outcomes| assert_at_most_aborted(&outcomes, 2),
     );
@@ -166,16 +189,19 @@ fn a_departure_ends_a_send_and_a_receive() {
             (&CommErrorKind::Departed, 1)
         );
     }
-    check([|endpoint| send(&endpoint, 1, 0), leave], |[sent, _]| {
-        assert_departed(&sent.unwrap_err());
-    });
     check(
-        [|endpoint| receive(&endpoint, 1, 0), leave],
+        [Stays(|endpoint| send(endpoint, 1, 0)), Leaves(leave)],
+        |[sent, _]| {
+            assert_departed(&sent.unwrap_err());
+        },
+    );
+    check(
+        [Stays(|endpoint| receive(endpoint, 1, 0)), Leaves(leave)],
         |[received, _]| {
             assert_departed(&received.unwrap_err());
         },
     );
-    check([|endpoint| gather(&endpoint), leave], |[gathered, _]| {
+    check([Stays(gather), Leaves(leave)], |[gathered, _]| {
         assert_departed(&gathered.unwrap_err());
     });
 }
@@ -188,7 +214,10 @@ fn what_a_departing_rank_sent_arrives() {
         request.wait().map(drop)
     }
     check(
-        [|endpoint| receive(&endpoint, 1, 0), send_and_leave],
+        [
+            Stays(|endpoint| receive(endpoint, 1, 0)),
+            Leaves(send_and_leave),
+        ],
         |outcomes| {
             assert_eq!(outcomes, [Ok(()), Ok(())]);
         },
@@ -197,12 +226,15 @@ fn what_a_departing_rank_sent_arrives() {
 
 #[test]
 fn a_dropped_request_poisons() {
-    fn send_and_drop(endpoint: Endpoint) -> Outcome {
+    fn send_and_drop(endpoint: &Endpoint) -> Outcome {
         drop(endpoint.isend(1, tag(0), message(0))?);
         endpoint.poisoned().map_or(Ok(()), Err)
     }
     check(
-        [send_and_drop, |endpoint| receive(&endpoint, 0, 0)],
+        [
+            Stays(send_and_drop),
+            Stays(|endpoint| receive(endpoint, 0, 0)),
+        ],
         |[dropped, received]| {
             let cause = dropped.unwrap_err();
             assert_eq!(cause.kind, CommErrorKind::RequestDropped { culprit: 0 });
@@ -215,40 +247,30 @@ fn a_dropped_request_poisons() {
 
 #[test]
 fn a_complete_all_gather_succeeds_whatever_comes_then() {
-    fn gather_and_abort(endpoint: Endpoint) -> Outcome {
-        gather(&endpoint)?;
+    fn gather_and_abort(endpoint: &Endpoint) -> Outcome {
+        gather(endpoint)?;
         abort(endpoint)
     }
-    check(
-        [|endpoint| gather(&endpoint), gather_and_abort],
-        |outcomes| {
-            assert_eq!(outcomes, [Ok(()), Ok(())]);
-        },
-    );
+    check([Stays(gather), Stays(gather_and_abort)], |outcomes| {
+        assert_eq!(outcomes, [Ok(()), Ok(())]);
+    });
 }
 
 #[test]
 fn an_all_gather_that_races_an_abort_succeeds_everywhere_or_nowhere() {
-    check(
-        [
-            |endpoint| gather(&endpoint),
-            |endpoint| gather(&endpoint),
-            abort,
-        ],
-        |outcomes| {
-            assert_eq!(outcomes[0].is_ok(), outcomes[1].is_ok());
-            assert_at_most_aborted(&outcomes, 2);
-        },
-    );
+    check([Stays(gather), Stays(gather), Stays(abort)], |outcomes| {
+        assert_eq!(outcomes[0].is_ok(), outcomes[1].is_ok());
+        assert_at_most_aborted(&outcomes, 2);
+    });
 }
 
 #[test]
 fn a_deadline_that_races_a_message_ends_both_ranks_or_none() {
     check(
         [
-            |endpoint| send(&endpoint, 1, 0),
-            |endpoint| receive(&endpoint, 0, 0),
-            let_the_deadline_pass,
+            Stays(|endpoint| send(endpoint, 1, 0)),
+            Stays(|endpoint| receive(endpoint, 0, 0)),
+            Stays(let_the_deadline_pass),
         ],
         |[sent, received, _]| match (sent, received) {
             (Ok(()), Ok(())) => {}
@@ -266,13 +288,16 @@ fn a_deadline_that_races_a_message_ends_both_ranks_or_none() {
 
 #[test]
 fn of_two_aborts_both_ranks_see_the_same() {
-    fn abort_and_gather(endpoint: Endpoint) -> Outcome {
+    fn abort_and_gather(endpoint: &Endpoint) -> Outcome {
         endpoint.abort("staged");
-        gather(&endpoint)
+        gather(endpoint)
     }
-    check([abort_and_gather, abort_and_gather], |[one, other]| {
-        let (one, other) = (one.unwrap_err(), other.unwrap_err());
-        assert_eq!(one.root(), other.root());
-        assert_eq!(one.root().kind, aborted(one.culprit()));
-    });
+    check(
+        [Stays(abort_and_gather), Stays(abort_and_gather)],
+        |[one, other]| {
+            let (one, other) = (one.unwrap_err(), other.unwrap_err());
+            assert_eq!(one.root(), other.root());
+            assert_eq!(one.root().kind, aborted(one.culprit()));
+        },
+    );
 }

@@ -83,8 +83,13 @@ fn run_all(world_size: usize, fault: Fault) {
         .into_iter()
         .map(Arc::new)
         .collect();
+    // The others stay until all have ended, so that their departure wakes nobody.
+    let leaves = |rank: Rank| fault == Fault::Departure && rank == culprit;
+    let stay: Vec<Endpoint> = (0..world_size)
+        .filter(|&rank| !leaves(rank))
+        .map(|rank| Arc::clone(&endpoints[rank]))
+        .collect();
     let clock = (fault == Fault::Deadline).then(|| {
-        // Holding the endpoint does not matter: nobody departs in this run.
         let endpoint = Arc::clone(&endpoints[culprit]);
         thread::spawn(move || endpoint.pass_deadline())
     });
@@ -102,6 +107,7 @@ fn run_all(world_size: usize, fault: Fault) {
     if let Some(clock) = clock {
         clock.join().unwrap();
     }
+    drop(stay);
     judge(fault, culprit, &outcomes);
 }
 
