@@ -26,6 +26,7 @@
 //! - **Taken**: of a message, matched by a receive that its destination has posted.
 //! - **Departed**: of a rank, ended in peace; what it has sent can still be received.
 //! - **Poison**: the first error of a group, which ends all communication in it and is what every rank gets to see.
+//! - **History**: of an error, the last operations of the rank that reports it.
 //!
 //! # Example
 //!
