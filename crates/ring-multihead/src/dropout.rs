@@ -138,7 +138,10 @@ mod tests {
         }
         let second = dropout.mask(1..2, &own, 7, 42);
         assert_eq!(second, part[3 * 7..], "a part of the batch");
-        assert_ne!(whole, dropout.mask(0..2, &(0..20).collect::<Vec<_>>(), 7, 43));
+        assert_ne!(
+            whole,
+            dropout.mask(0..2, &(0..20).collect::<Vec<_>>(), 7, 43)
+        );
         assert_ne!(part[..7], part[7..14]);
     }
 

@@ -9,9 +9,7 @@ use burn::{
         metric::{Adaptor, LossInput},
     },
 };
-use ring_burn::{
-    Communicator, DataGroup, HostBuffer, Ring, SequenceItem, collective, shard_slice,
-};
+use ring_burn::{Communicator, DataGroup, HostBuffer, Ring, SequenceItem, collective, shard_slice};
 
 use crate::language_model::{LongNet, next_token_loss};
 
