@@ -11,8 +11,8 @@
 use std::{fmt, time::Duration};
 
 use ring_comm::{
-    CommError, Expected, PendingRecv, PendingSend, Rank, RecvRequest, SendRequest, Tag, Traffic,
-    Transport,
+    CommError, Expected, GroupId, PendingRecv, PendingSend, Rank, RecvRequest, SendRequest, Tag,
+    Traffic, Transport,
     buffer::{Buffer, HostBuffer},
 };
 
@@ -72,8 +72,19 @@ impl<T: Transport<HostBuffer> + fmt::Debug> Transport<HostBuffer> for Metered<T>
         Ok(RecvRequest::new(MeteredRecv { inner, bytes }))
     }
 
-    fn all_gather_bytes(&self, operation: u64, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>, CommError> {
-        self.0.all_gather_bytes(operation, bytes)
+    fn all_gather_bytes_among(
+        &self,
+        group: GroupId,
+        members: &[Rank],
+        operation: u64,
+        bytes: Vec<u8>,
+    ) -> Result<Vec<Vec<u8>>, CommError> {
+        self.0
+            .all_gather_bytes_among(group, members, operation, bytes)
+    }
+
+    fn global_rank(&self, rank: Rank) -> Rank {
+        self.0.global_rank(rank)
     }
 
     fn poison(&self, cause: CommError) {

@@ -61,4 +61,4 @@ pub use ring_comm::{CommError, Communicator, Loopback, Transport, buffer::HostBu
 pub use ring_core::{HeadOffsets, Mixing, Pattern, PatternError, Sharding, Span};
 pub use shard::{next_token_shard, positions_tensor, shard_slice, shard_tensor};
 #[cfg(feature = "train")]
-pub use strategy::{RingStrategy, SequenceItem};
+pub use strategy::{DataGroup, RingStrategy, SequenceItem};

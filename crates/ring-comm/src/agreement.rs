@@ -34,6 +34,7 @@ impl Terms {
         if self.topic != theirs.topic {
             return Some(Disagreement {
                 culprit,
+                reference: 0,
                 field: "topic".to_owned(),
                 theirs: theirs.topic.clone(),
                 ours: self.topic.clone(),
@@ -45,6 +46,7 @@ impl Terms {
             .find(|&name| self.fields.get(name) != theirs.fields.get(name))?;
         Some(Disagreement {
             culprit,
+            reference: 0,
             field: name.clone(),
             theirs: theirs.value_or_absent(name),
             ours: self.value_or_absent(name),
@@ -112,6 +114,7 @@ mod tests {
             first_disagreement(&[zero.clone(), zero.clone(), other, another]),
             Some(Disagreement {
                 culprit: 2,
+                reference: 0,
                 field: "heads".to_owned(),
                 theirs: "8".to_owned(),
                 ours: "4".to_owned(),

@@ -175,11 +175,7 @@ impl Exchange<'_> {
     }
 
     fn tag(&self, step: u32) -> Tag {
-        Tag {
-            operation: self.operation,
-            step,
-            payload: Payload::Collective,
-        }
+        Tag::new(self.operation, step, Payload::Collective)
     }
 }
 

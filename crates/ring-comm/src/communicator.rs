@@ -8,7 +8,8 @@
 
 use std::{
     collections::VecDeque,
-    fmt,
+    fmt, io,
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -22,8 +23,10 @@ use crate::{
     error::{CommError, CommErrorKind, Disagreement},
     loopback::Loopback,
     pool::BufferPool,
+    recorder::FlightRecord,
+    subgroup::SubGroup,
     trace::{Activity, Details, RankTrace, Trace},
-    transport::{Rank, Traffic, Transport},
+    transport::{GroupId, Rank, Traffic, Transport},
 };
 
 /// Agreements that [`Communicator::agree_once`] remembers; the oldest is forgotten first, on every rank alike.
@@ -74,7 +77,7 @@ impl<B: Buffer> fmt::Debug for Communicator<B> {
 impl<B: Buffer> Communicator<B> {
     /// Communicates over `transport`; traced if the environment says so (see [`trace`](crate::trace)).
     pub fn new(transport: Arc<dyn Transport<B>>) -> Self {
-        let rank = transport.rank();
+        let rank = transport.global_rank(transport.rank());
         Self {
             trace: Trace::of_this_process().map(|trace| Arc::new(trace.of_rank(rank))),
             shared: Arc::new(Shared {
@@ -89,7 +92,8 @@ impl<B: Buffer> Communicator<B> {
     /// The same communicator, traced to `trace`; clones made before are not.
     #[must_use]
     pub fn with_trace(self, trace: &Trace) -> Self {
-        let trace = Arc::new(trace.of_rank(self.rank()));
+        let rank = self.transport().global_rank(self.rank());
+        let trace = Arc::new(trace.of_rank(rank));
         Self {
             trace: Some(trace),
             ..self
@@ -153,9 +157,55 @@ impl<B: Buffer> Communicator<B> {
         self.transport().traffic()
     }
 
+    /// The last operations of this rank, in all groups it is in.
+    pub fn flight_record(&self) -> FlightRecord {
+        self.transport().flight_record()
+    }
+
+    /// Writes [`flight_record`](Self::flight_record) to a file as lines of JSON, as [`FlightRecord::write_to`] does.
+    ///
+    /// # Errors
+    /// What the operating system says if the file cannot be written.
+    pub fn dump_flight_record(&self, path: &Path) -> io::Result<()> {
+        let cause = self.transport().poisoned();
+        self.flight_record().write_to(path, cause.as_ref())
+    }
+
     /// Poisons the group: every rank's pending and later calls return an error that carries `reason` and names this rank.
     pub fn abort(&self, reason: &str) {
         self.transport().abort(reason);
+    }
+
+    /// Splits the group: ranks that give the same `color` form a group of their own, ordered by `key`, and by rank among
+    /// equal keys. `None` for a rank without a color.
+    ///
+    /// All ranks must call it. The new group counts operations of its own; its messages go over the same transport, so what
+    /// poisons it poisons the whole, and its errors call the ranks by their numbers in the whole.
+    ///
+    /// # Errors
+    /// As [`all_gather_bytes`](Self::all_gather_bytes).
+    pub fn split(&self, color: Option<u64>, key: i64) -> Result<Option<Self>, CommError> {
+        let place = Place { color, key };
+        let operation = self.shared.next_operation.load(Ordering::Relaxed);
+        let places = self.all_gather_bytes("split", &place.encode())?;
+        let places: Vec<Place> = places.iter().map(|bytes| Place::decode(bytes)).collect();
+        let Some(color) = color else { return Ok(None) };
+
+        let mut members: Vec<Rank> = (0..places.len())
+            .filter(|&rank| places[rank].color == Some(color))
+            .collect();
+        members.sort_by_key(|&rank| places[rank].key);
+        let rank = members.iter().position(|&rank| rank == self.rank());
+        let group = SubGroup::new(
+            Arc::clone(&self.shared.transport),
+            GroupId::split_off(operation, color),
+            members,
+            rank.expect("this rank gave this color"),
+        );
+        Ok(Some(Self {
+            trace: self.trace.clone(),
+            ..Self::new(Arc::new(group))
+        }))
     }
 
     /// Gives every rank's `bytes` to every rank, in rank order, after comparing what for: `purpose` (without a zero
@@ -223,6 +273,7 @@ impl<B: Buffer> Communicator<B> {
             None => Ok(()),
             Some(culprit) => Err(self.disagree(Disagreement {
                 culprit,
+                reference: 0,
                 field: field.to_owned(),
                 theirs: values[culprit].clone(),
                 ours: values[0].clone(),
@@ -248,13 +299,13 @@ impl<B: Buffer> Communicator<B> {
     }
 
     /// Every rank reaches the same verdict by itself; the first one poisons the group with it.
-    fn disagree(&self, disagreement: Disagreement) -> CommError {
-        let error = CommError {
-            rank: self.rank(),
-            peer: None,
-            tag: None,
-            kind: CommErrorKind::Disagreement(Box::new(disagreement)),
-        };
+    fn disagree(&self, mut disagreement: Disagreement) -> CommError {
+        let global = |rank| self.transport().global_rank(rank);
+        disagreement.culprit = global(disagreement.culprit);
+        disagreement.reference = global(disagreement.reference);
+        let kind = CommErrorKind::Disagreement(Box::new(disagreement));
+        let error = CommError::new(global(self.rank()), None, None, kind)
+            .with_history(self.flight_record());
         self.transport().poison(error.clone());
         error
     }
@@ -285,6 +336,36 @@ fn hash_and_value(bytes: &[u8]) -> (u64, u64) {
     match bytes.as_chunks() {
         ([hash, value], []) => (u64::from_le_bytes(*hash), u64::from_le_bytes(*value)),
         _ => (fnv1a(bytes), 0),
+    }
+}
+
+/// Where a rank goes when its group splits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    color: Option<u64>,
+    key: i64,
+}
+
+impl Place {
+    fn encode(self) -> Vec<u8> {
+        let color = self.color.unwrap_or_default().to_le_bytes();
+        let flag = [u8::from(self.color.is_some())];
+        [&flag[..], &color, &self.key.to_le_bytes()].concat()
+    }
+
+    /// Bytes of another length cannot come: the ranks compared what for they are first.
+    fn decode(bytes: &[u8]) -> Self {
+        let number = |at: usize| {
+            bytes
+                .get(at..at + 8)?
+                .try_into()
+                .ok()
+                .map(u64::from_le_bytes)
+        };
+        Self {
+            color: number(1).filter(|_| bytes[0] == 1),
+            key: number(9).unwrap_or_default().cast_signed(),
+        }
     }
 }
 

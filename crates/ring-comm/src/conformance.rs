@@ -8,6 +8,8 @@
 mod collectives;
 mod exchange;
 mod faults;
+mod groups;
+mod history;
 mod misuse;
 
 use std::{
@@ -130,8 +132,10 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
     [
         exchange::CASES,
         collectives::CASES,
+        groups::CASES,
         misuse::CASES,
         faults::CASES,
+        history::CASES,
     ]
     .into_iter()
     .flatten()
@@ -203,11 +207,7 @@ impl Stage<'_> {
 }
 
 fn tag(step: u32) -> Tag {
-    Tag {
-        operation: 0,
-        step,
-        payload: Payload::KeyValue,
-    }
+    Tag::new(0, step, Payload::KeyValue)
 }
 
 fn f32s(len: usize) -> Expected {

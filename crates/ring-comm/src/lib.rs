@@ -11,7 +11,9 @@
 //! - [`Communicator`]: a transport with the numbering of operations and the check that all ranks plan the same;
 //! - [`BufferPool`]: memory of messages, kept for the next ones;
 //! - [`Trace`]: who computed, sent and waited when, as a file to look at;
+//! - [`FlightRecorder`]: the last operations of a rank, part of every error;
 //! - [`collective`]: sums over ranks in a fixed order;
+//! - [`launch`]: where a process stands in its group, and how the ranks find one another;
 //! - [`CommError`]: who failed, with whom, about which message, and why.
 //!
 //! # Glossary
@@ -25,6 +27,7 @@
 //! - **Taken**: of a message, matched by a receive that its destination has posted.
 //! - **Departed**: of a rank, ended in peace; what it has sent can still be received.
 //! - **Poison**: the first error of a group, which ends all communication in it and is what every rank gets to see.
+//! - **History**: of an error, the last operations of the rank that reports it.
 //!
 //! # Example
 //!
@@ -41,7 +44,7 @@
 //!
 //! fn swap(endpoint: LoopbackEndpoint<HostBuffer>) -> Result<(HostBuffer, f64), CommError> {
 //!     let communicator = Communicator::new(Arc::new(endpoint));
-//!     let tag = Tag { operation: communicator.next_operation(), step: 0, payload: Payload::KeyValue };
+//!     let tag = Tag::new(communicator.next_operation(), 0, Payload::KeyValue);
 //!     let peer = 1 - communicator.rank();
 //!
 //!     // Post the receive, then the send, then do something useful, then wait.
@@ -67,8 +70,11 @@ pub mod collective;
 mod communicator;
 pub mod conformance;
 mod error;
+pub mod launch;
 mod loopback;
 pub mod pool;
+pub mod recorder;
+mod subgroup;
 pub mod trace;
 mod transport;
 
@@ -76,5 +82,6 @@ pub use communicator::{Communicator, REMEMBERED_AGREEMENTS};
 pub use error::{CommError, CommErrorKind, Disagreement};
 pub use loopback::{Loopback, LoopbackEndpoint, RankPanic};
 pub use pool::BufferPool;
+pub use recorder::{FlightRecord, FlightRecorder};
 pub use trace::Trace;
 pub use transport::*;

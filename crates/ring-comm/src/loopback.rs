@@ -11,11 +11,7 @@
 mod channel;
 mod endpoint;
 mod group;
-
-/// The primitives that a model checker would replace.
-mod sync {
-    pub(super) use std::sync::{Condvar, Mutex, MutexGuard};
-}
+mod sync;
 
 use std::{any::Any, sync::Arc, thread, time::Duration};
 
@@ -112,11 +108,7 @@ mod tests {
     };
 
     const DEADLINE: Duration = Duration::from_secs(30);
-    const TAG: Tag = Tag {
-        operation: 0,
-        step: 0,
-        payload: Payload::KeyValue,
-    };
+    const TAG: Tag = Tag::new(0, 0, Payload::KeyValue);
 
     #[test]
     fn a_buffer_moves_without_a_copy() {

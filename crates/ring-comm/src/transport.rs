@@ -15,6 +15,9 @@
 //! - A request must be waited for. Dropping one without is a programming error that poisons the group, because its
 //!   peer would otherwise wait for a message that nobody takes. This does not depend on whether the message was already
 //!   taken, so that the mistake shows on every run.
+//! - Groups that are split off ([`Communicator::split`](crate::Communicator::split)) share the fate of the whole: what poisons
+//!   one poisons all, and errors number the ranks as the whole does.
+//! - Every rank remembers its last operations, and every error tells them ([`CommError::history`]).
 //! - A rank that panics poisons the group; one that simply drops its endpoint has *departed*: what it sent can still be
 //!   received, and whoever needs anything more from it gets an error that names it.
 
@@ -26,9 +29,11 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    agreement::fnv1a,
     buffer::{Buffer, DType},
     error::{CommError, CommErrorKind},
     loopback::{LoopbackRecv, LoopbackSend},
+    recorder::{FlightRecord, FlightRecorder},
 };
 
 /// Number of a rank in its group, `0..world_size`.
@@ -52,9 +57,43 @@ pub enum Payload {
     Custom(u32),
 }
 
+/// Tells groups of the same ranks apart: the group that the transport was made for, and those split off it.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
+pub struct GroupId(u64);
+
+impl GroupId {
+    /// All ranks of the transport.
+    pub const WHOLE: GroupId = GroupId(0);
+
+    /// The group that `operation` splits off for `color`.
+    pub(crate) fn split_off(operation: u64, color: u64) -> Self {
+        Self(fnv1a(
+            [operation, color].map(u64::to_le_bytes).as_flattened(),
+        ))
+    }
+
+    /// What group `inner` of this group is called outside.
+    pub(crate) fn within(self, inner: Self) -> Self {
+        match inner {
+            Self::WHOLE => self,
+            Self(inner) => Self(fnv1a([self.0, inner].map(u64::to_le_bytes).as_flattened())),
+        }
+    }
+}
+
+impl fmt::Display for GroupId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:08x}", self.0 >> 32)
+    }
+}
+
 /// Identifies a message between two ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Tag {
+    /// The group whose operation it is. Set by the group itself; users of a transport leave it at [`GroupId::WHOLE`].
+    pub group: GroupId,
     /// Sequence number of the operation (one attention with its backward, one collective) within its group.
     pub operation: u64,
     /// Step of the operation.
@@ -63,13 +102,29 @@ pub struct Tag {
     pub payload: Payload,
 }
 
+impl Tag {
+    /// A message of the group that sends it.
+    pub const fn new(operation: u64, step: u32, payload: Payload) -> Self {
+        Self {
+            group: GroupId::WHOLE,
+            operation,
+            step,
+            payload,
+        }
+    }
+}
+
 impl fmt::Display for Tag {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
             "{:?} of operation {} step {}",
             self.payload, self.operation, self.step
-        )
+        )?;
+        match self.group {
+            GroupId::WHOLE => Ok(()),
+            group => write!(f, " of group {group}"),
+        }
     }
 }
 
@@ -82,8 +137,8 @@ pub struct Expected {
     pub len: usize,
 }
 
-/// What one rank has sent and received so far: the payloads of its messages, without the control data of
-/// [`Transport::all_gather_bytes`].
+/// What one rank has sent and received so far, in all groups it is in: the payloads of its messages, without the control data
+/// of [`Transport::all_gather_bytes`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Traffic {
     /// Bytes of all buffers sent.
@@ -103,6 +158,11 @@ pub trait Transport<B: Buffer>: fmt::Debug + Send + Sync {
 
     /// Number of ranks in the group.
     fn world_size(&self) -> usize;
+
+    /// What errors call `rank` of this group: its number among all ranks, if this group was split off theirs.
+    fn global_rank(&self, rank: Rank) -> Rank {
+        rank
+    }
 
     /// Longest time any single wait may take.
     fn deadline(&self) -> Duration;
@@ -145,22 +205,37 @@ pub trait Transport<B: Buffer>: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// [`CommError`] if the group is poisoned, a peer departed, or the deadline passed.
-    fn all_gather_bytes(&self, operation: u64, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>, CommError>;
+    fn all_gather_bytes(&self, operation: u64, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>, CommError> {
+        let everybody: Vec<Rank> = (0..self.world_size()).collect();
+        self.all_gather_bytes_among(GroupId::WHOLE, &everybody, operation, bytes)
+    }
+
+    /// As [`all_gather_bytes`](Self::all_gather_bytes), among the ranks `members`, of which this is one; in their order.
+    ///
+    /// All of them must call it, with the same group, members and `operation` number.
+    ///
+    /// # Errors
+    /// As [`all_gather_bytes`](Self::all_gather_bytes).
+    fn all_gather_bytes_among(
+        &self,
+        group: GroupId,
+        members: &[Rank],
+        operation: u64,
+        bytes: Vec<u8>,
+    ) -> Result<Vec<Vec<u8>>, CommError>;
 
     /// Poisons the group: every rank's pending and later calls return an error that carries `reason` and names this rank.
     fn abort(&self, reason: &str) {
-        self.poison(CommError {
-            rank: self.rank(),
-            peer: None,
-            tag: None,
-            kind: CommErrorKind::Aborted {
-                culprit: self.rank(),
-                reason: reason.to_owned(),
-            },
-        });
+        let culprit = self.global_rank(self.rank());
+        let kind = CommErrorKind::Aborted {
+            culprit,
+            reason: reason.to_owned(),
+        };
+        self.poison(CommError::new(culprit, None, None, kind));
     }
 
     /// Poisons the group with `cause`, an error found above the transport; does nothing if the group is poisoned already.
+    /// A cause without a history gets this rank's.
     fn poison(&self, cause: CommError);
 
     /// The error that poisoned the group, if one did.
@@ -168,6 +243,11 @@ pub trait Transport<B: Buffer>: fmt::Debug + Send + Sync {
 
     /// What this rank has sent and received so far.
     fn traffic(&self) -> Traffic;
+
+    /// The last operations of this rank, in all groups it is in. Empty, as by default, if the transport records none.
+    fn flight_record(&self) -> FlightRecord {
+        FlightRecorder::with_capacity(self.global_rank(self.rank()), 0).snapshot()
+    }
 }
 
 /// What a backend implements for a send in progress. Dropping it unfinished must poison the group.

@@ -296,16 +296,12 @@ impl<B: Buffer, K: Kernels<B>> Exchanger<'_, B, K> {
     }
 
     fn tag(&self, letter: Letter) -> Tag {
-        Tag {
-            operation: self.operation,
-            step: letter.distance as u32,
-            payload: letter.payload,
-        }
+        Tag::new(self.operation, letter.distance as u32, letter.payload)
     }
 
     fn comm_error(&self, letter: Letter, source: CommError) -> Error {
         Error::Comm {
-            step: format!("hop {} of the {} pass", letter.distance, self.pass.name()),
+            step: format!("hop {} of the {} pass", letter.distance, self.pass.name()).into(),
             source,
         }
     }

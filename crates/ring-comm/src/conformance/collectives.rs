@@ -285,6 +285,7 @@ fn fields(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
 fn disagreement(culprit: Rank, field: &str, theirs: &str, ours: &str) -> Disagreement {
     Disagreement {
         culprit,
+        reference: 0,
         field: field.to_owned(),
         theirs: theirs.to_owned(),
         ours: ours.to_owned(),

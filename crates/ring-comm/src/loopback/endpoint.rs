@@ -11,12 +11,13 @@ use std::{
 
 use super::{
     channel::Ticket,
-    group::{Attempt, Group, Subject, gather_tag},
+    group::{Attempt, Entry, Group, Subject, gather_tag},
 };
 use crate::{
     buffer::Buffer,
     error::{CommError, CommErrorKind},
-    transport::{Expected, Rank, RecvRequest, SendRequest, Tag, Traffic, Transport},
+    recorder::{Call, FlightRecord},
+    transport::{Expected, GroupId, Rank, RecvRequest, SendRequest, Tag, Traffic, Transport},
 };
 
 /// One rank of a [`Loopback`](super::Loopback) group.
@@ -35,7 +36,7 @@ pub(super) struct Membership<B: Buffer> {
 impl<B: Buffer> Drop for Membership<B> {
     fn drop(&mut self) {
         if thread::panicking() {
-            self.group.poison(panicked(self.rank));
+            self.group.poison(self.rank, panicked(self.rank));
         } else {
             self.group.depart(self.rank);
         }
@@ -68,9 +69,16 @@ impl<B: Buffer> LoopbackEndpoint<B> {
             tag,
         };
         if peer == self.rank() || peer >= self.world_size() {
-            return Err(subject.error(CommErrorKind::InvalidPeer(peer)));
+            let error = subject.error(CommErrorKind::InvalidPeer(peer));
+            return Err(error.with_history(self.flight_record()));
         }
         Ok(subject)
+    }
+
+    /// Lets the deadline of every wait in the group pass, as a model checker cannot.
+    #[cfg(any(loom, shuttle))]
+    pub fn pass_deadline(&self) {
+        self.group().pass_deadline();
     }
 
     fn request(&self, subject: Subject, peer: Rank, ticket: Ticket) -> Request<B> {
@@ -100,12 +108,14 @@ impl<B: Buffer> Transport<B> for LoopbackEndpoint<B> {
     fn isend(&self, peer: Rank, tag: Tag, buffer: B) -> Result<SendRequest<B>, CommError> {
         let rank = self.rank();
         let subject = self.subject(peer, tag)?;
+        let entry = Entry::New(Call::Send, buffer.byte_len());
         let mut buffer = Some(buffer);
-        let ticket = self.group().complete(subject, |state| {
-            match buffer.take_if(|_| state.can_send(rank, peer)) {
-                Some(buffer) => Attempt::Done(state.send(rank, peer, tag, buffer)),
-                None => Attempt::Blocked(peer),
-            }
+        let ticket = self.group().complete(subject, entry, |state, ticket| {
+            let Some(buffer) = buffer.take_if(|_| state.can_send(rank, peer)) else {
+                return Attempt::Blocked(peer);
+            };
+            state.send(rank, ticket, peer, tag, buffer);
+            Attempt::Done(ticket)
         })?;
         let request = self.request(subject, peer, ticket);
         Ok(SendRequest::loopback(LoopbackSend(request)))
@@ -124,28 +134,42 @@ impl<B: Buffer> Transport<B> for LoopbackEndpoint<B> {
     ) -> Result<RecvRequest<B>, CommError> {
         let rank = self.rank();
         let subject = self.subject(peer, tag)?;
-        let ticket = self.group().complete(subject, |state| {
-            Attempt::Done(state.post(rank, peer, tag, memory.take()))
+        let bytes = expected.len.saturating_mul(expected.dtype.size());
+        let entry = Entry::New(Call::Receive, bytes);
+        let ticket = self.group().complete(subject, entry, |state, ticket| {
+            state.post(rank, ticket, peer, tag, memory.take());
+            Attempt::Done(ticket)
         })?;
         let request = self.request(subject, peer, ticket);
         Ok(RecvRequest::loopback(LoopbackRecv { request, expected }))
     }
 
-    fn all_gather_bytes(&self, operation: u64, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>, CommError> {
+    fn all_gather_bytes_among(
+        &self,
+        group: GroupId,
+        members: &[Rank],
+        operation: u64,
+        bytes: Vec<u8>,
+    ) -> Result<Vec<Vec<u8>>, CommError> {
         let rank = self.rank();
         let subject = Subject {
             rank,
             peer: None,
-            tag: gather_tag(operation),
+            tag: gather_tag(group, operation),
         };
+        let entry = Entry::New(Call::AllGather, bytes.len());
         let mut part = Some(bytes);
-        self.group().complete(subject, |state| {
-            state.all_gather(rank, operation, &mut part)
+        self.group().complete(subject, entry, |state, ticket| {
+            let outcome = state.all_gather(rank, (group, operation), members, &mut part);
+            if let Attempt::Done(_) = outcome {
+                state.ended(rank, ticket);
+            }
+            outcome
         })
     }
 
     fn poison(&self, cause: CommError) {
-        self.group().poison(cause);
+        self.group().poison(self.rank(), cause);
     }
 
     fn poisoned(&self) -> Option<CommError> {
@@ -154,6 +178,10 @@ impl<B: Buffer> Transport<B> for LoopbackEndpoint<B> {
 
     fn traffic(&self) -> Traffic {
         self.group().traffic(self.rank())
+    }
+
+    fn flight_record(&self) -> FlightRecord {
+        self.group().flight_record(self.rank())
     }
 }
 
@@ -173,12 +201,14 @@ impl<B: Buffer> Drop for Request<B> {
             return;
         }
         let culprit = self.subject.rank;
-        self.group.poison(if thread::panicking() {
+        self.group.abandon(culprit, self.ticket);
+        let cause = if thread::panicking() {
             panicked(culprit)
         } else {
             self.subject
                 .error(CommErrorKind::RequestDropped { culprit })
-        });
+        };
+        self.group.poison(culprit, cause);
     }
 }
 
@@ -194,10 +224,10 @@ impl<B: Buffer> LoopbackSend<B> {
             ticket,
             ..
         } = self.0;
-        let taken = self
-            .0
-            .group
-            .complete(subject, |state| state.finish(subject.rank, peer, ticket))?;
+        let entry = Entry::Request(ticket);
+        let taken = self.0.group.complete(subject, entry, |state, _| {
+            state.finish(subject.rank, peer, ticket)
+        })?;
         self.0.is_finished = true;
         Ok(taken)
     }
@@ -218,7 +248,8 @@ impl<B: Buffer> LoopbackRecv<B> {
             ticket,
             ..
         } = self.request;
-        let arrived = self.request.group.complete(subject, |state| {
+        let entry = Entry::Request(ticket);
+        let arrived = self.request.group.complete(subject, entry, |state, _| {
             state.collect(subject.rank, peer, ticket, self.expected)
         })?;
         self.request.is_finished = true;
@@ -227,10 +258,5 @@ impl<B: Buffer> LoopbackRecv<B> {
 }
 
 fn panicked(culprit: Rank) -> CommError {
-    CommError {
-        rank: culprit,
-        peer: None,
-        tag: None,
-        kind: CommErrorKind::Panicked { culprit },
-    }
+    CommError::new(culprit, None, None, CommErrorKind::Panicked { culprit })
 }

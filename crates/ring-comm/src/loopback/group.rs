@@ -14,12 +14,13 @@ use std::{
 
 use super::{
     channel::{Channel, Ticket},
-    sync::{Condvar, Mutex, MutexGuard},
+    sync::{Clock, Condvar, Expiry, Mutex, MutexGuard},
 };
 use crate::{
     buffer::Buffer,
     error::{CommError, CommErrorKind},
-    transport::{Expected, Payload, Rank, Tag, Traffic},
+    recorder::{self, Call, FlightRecord, FlightRecorder, Progress},
+    transport::{Expected, GroupId, Payload, Rank, Tag, Traffic},
 };
 
 /// What a call is about: the head of every error it returns.
@@ -32,12 +33,7 @@ pub(super) struct Subject {
 
 impl Subject {
     pub(super) fn error(self, kind: CommErrorKind) -> CommError {
-        CommError {
-            rank: self.rank,
-            peer: self.peer,
-            tag: Some(self.tag),
-            kind,
-        }
+        CommError::new(self.rank, self.peer, Some(self.tag), kind)
     }
 
     /// How this call tells of the group's failure: the rank where it happened repeats it, the others pass it on.
@@ -50,6 +46,15 @@ impl Subject {
     }
 }
 
+/// How a call begins.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Entry {
+    /// With something new, of so many bytes.
+    New(Call, usize),
+    /// With a request made before.
+    Request(Ticket),
+}
+
 /// The outcome of trying a call once.
 pub(super) enum Attempt<T> {
     Done(T),
@@ -58,9 +63,11 @@ pub(super) enum Attempt<T> {
     Failed(CommErrorKind),
 }
 
-/// One all-gather under way; forgotten when every rank has taken its copy.
+/// One all-gather under way; forgotten when every member has taken its copy.
 #[derive(Debug)]
 struct Round {
+    members: Vec<Rank>,
+    /// Of each member.
     parts: Vec<Option<Vec<u8>>>,
     taken: usize,
 }
@@ -70,10 +77,12 @@ pub(super) struct State<B> {
     world_size: usize,
     /// From rank `s` to rank `d` at index `s * world_size + d`.
     channels: Vec<Channel<B>>,
-    rounds: BTreeMap<u64, Round>,
+    rounds: BTreeMap<(GroupId, u64), Round>,
     departed: Vec<bool>,
     traffic: Vec<Traffic>,
+    recorders: Vec<FlightRecorder>,
     cause: Option<CommError>,
+    clock: Clock,
 }
 
 pub(super) struct Group<B> {
@@ -114,47 +123,71 @@ impl<B: Buffer> Group<B> {
     /// Repeats `attempt` until it is done; a failure poisons the group.
     pub(super) fn complete<T>(
         &self,
-        subject: Subject,
-        mut attempt: impl FnMut(&mut State<B>) -> Attempt<T>,
+        mut subject: Subject,
+        entry: Entry,
+        mut attempt: impl FnMut(&mut State<B>, Ticket) -> Attempt<T>,
     ) -> Result<T, CommError> {
-        // A deadline too far away for the clock is none.
-        let expiry = Instant::now().checked_add(self.deadline);
+        let expiry = Expiry::after(self.deadline);
         let mut state = self.lock();
-        state.check(subject)?;
-        loop {
-            match attempt(&mut state) {
+        let ticket = state.enter(subject, entry);
+        if state.cause.is_some() {
+            return Err(self.fail(state, subject, ticket, None));
+        }
+        let failure = loop {
+            match attempt(&mut state, ticket) {
                 Attempt::Done(value) => {
                     self.changed.notify_all();
                     return Ok(value);
                 }
-                Attempt::Failed(kind) => return Err(self.fail(&mut state, subject, kind)),
+                Attempt::Failed(kind) => break Some(kind),
                 Attempt::Blocked(peer) => {
-                    let subject = Subject {
-                        peer: Some(peer),
-                        ..subject
-                    };
-                    state.check(subject)?;
-                    if let Some(kind) = self.no_use_waiting(&state, subject.rank, peer, expiry) {
-                        return Err(self.fail(&mut state, subject, kind));
+                    subject.peer = Some(peer);
+                    if state.cause.is_some() {
+                        break None;
                     }
-                    state = self.wait_for_change(state, expiry);
+                    let useless = self.no_use_waiting(&state, subject.rank, peer, expiry);
+                    if useless.is_some() {
+                        break useless;
+                    }
+                    state = expiry.wait(&self.changed, state);
                 }
             }
-        }
+        };
+        Err(self.fail(state, subject, ticket, failure))
     }
 
-    /// Records `cause` as the group's failure unless there was one before, and wakes everybody.
-    pub(super) fn poison(&self, cause: CommError) {
-        self.lock().cause.get_or_insert(cause);
-        self.changed.notify_all();
+    /// Records `cause` as the group's failure, found by `rank`, unless there was one before, and wakes everybody.
+    pub(super) fn poison(&self, rank: Rank, cause: CommError) {
+        let mut state = self.lock();
+        if state.cause.is_some() {
+            return;
+        }
+        let recorder = &mut state.recorders[rank];
+        let number = recorder.begin(Call::Poison, cause.peer, cause.tag, 0);
+        recorder.advance(number, Progress::Ended);
+        let record = recorder.snapshot();
+        state.cause = Some(cause.with_history(record));
+        self.announce(state);
     }
 
     pub(super) fn poisoned(&self) -> Option<CommError> {
         self.lock().cause.clone()
     }
 
+    /// Records that a request was dropped.
+    pub(super) fn abandon(&self, rank: Rank, request: Ticket) {
+        self.lock().recorders[rank].advance(request, Progress::Dropped);
+    }
+
     pub(super) fn depart(&self, rank: Rank) {
-        self.lock().departed[rank] = true;
+        let mut state = self.lock();
+        if !state.departed[rank] {
+            state.departed[rank] = true;
+            let recorder = &mut state.recorders[rank];
+            let number = recorder.begin(Call::Depart, None, None, 0);
+            recorder.advance(number, Progress::Ended);
+        }
+        drop(state);
         self.changed.notify_all();
     }
 
@@ -162,10 +195,56 @@ impl<B: Buffer> Group<B> {
         self.lock().traffic[rank]
     }
 
-    fn fail(&self, state: &mut State<B>, subject: Subject, kind: CommErrorKind) -> CommError {
-        let cause = state.cause.get_or_insert_with(|| subject.error(kind));
+    pub(super) fn flight_record(&self, rank: Rank) -> FlightRecord {
+        self.lock().recorders[rank].snapshot()
+    }
+
+    /// Lets every wait's deadline pass.
+    #[cfg(any(loom, shuttle))]
+    pub(super) fn pass_deadline(&self) {
+        self.lock().clock.deadline_has_passed = true;
         self.changed.notify_all();
-        subject.poisoned_by(cause)
+    }
+
+    /// Ends a call with `failure`, or else with that of the group.
+    fn fail(
+        &self,
+        mut state: MutexGuard<'_, State<B>>,
+        subject: Subject,
+        ticket: Ticket,
+        failure: Option<CommErrorKind>,
+    ) -> CommError {
+        let recorder = &mut state.recorders[subject.rank];
+        recorder.advance(ticket, Progress::Failed);
+        let record = recorder.snapshot();
+        if let Some(cause) = &state.cause {
+            return subject.poisoned_by(cause).with_history(record);
+        }
+        let kind = failure.expect("a call fails by itself if the group has not");
+        let cause = subject.error(kind).with_history(record);
+        state.cause = Some(cause.clone());
+        self.announce(state);
+        cause
+    }
+
+    /// Wakes everybody because the group has failed, and writes down what led to it if that is asked for.
+    fn announce(&self, state: MutexGuard<'_, State<B>>) {
+        drop(state);
+        self.changed.notify_all();
+        if recorder::path_asked_for().is_none() {
+            return;
+        }
+        let state = self.lock();
+        let records: Vec<_> = state
+            .recorders
+            .iter()
+            .map(FlightRecorder::snapshot)
+            .collect();
+        let cause = state.cause.clone();
+        drop(state);
+        if let Some(cause) = cause {
+            records.iter().for_each(|record| record.report(&cause));
+        }
     }
 
     fn no_use_waiting(
@@ -173,37 +252,22 @@ impl<B: Buffer> Group<B> {
         state: &State<B>,
         rank: Rank,
         peer: Rank,
-        expiry: Option<Instant>,
+        expiry: Expiry,
     ) -> Option<CommErrorKind> {
         if state.departed[peer] {
             return Some(CommErrorKind::Departed);
         }
-        let expired = expiry.is_some_and(|expiry| Instant::now() >= expiry);
-        expired.then(|| CommErrorKind::Deadline {
-            deadline: self.deadline,
-            pending: state.untaken(peer, rank),
-        })
+        expiry
+            .has_passed(&state.clock)
+            .then(|| CommErrorKind::Deadline {
+                deadline: self.deadline,
+                pending: state.untaken(peer, rank),
+            })
     }
 
     /// The state is sound after a panic too, because no change to it is left half done; so lock poisoning is ignored.
     fn lock(&self) -> MutexGuard<'_, State<B>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wait_for_change<'a>(
-        &self,
-        state: MutexGuard<'a, State<B>>,
-        expiry: Option<Instant>,
-    ) -> MutexGuard<'a, State<B>> {
-        let Some(expiry) = expiry else {
-            return self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
-        };
-        let remaining = expiry.saturating_duration_since(Instant::now());
-        let woken = self.changed.wait_timeout(state, remaining);
-        woken.unwrap_or_else(PoisonError::into_inner).0
     }
 }
 
@@ -217,7 +281,30 @@ impl<B: Buffer> State<B> {
             rounds: BTreeMap::new(),
             departed: vec![false; world_size],
             traffic: vec![Traffic::default(); world_size],
+            recorders: (0..world_size).map(FlightRecorder::new).collect(),
             cause: None,
+            clock: Clock::default(),
+        }
+    }
+
+    /// The number under which the call is recorded.
+    fn enter(&mut self, subject: Subject, entry: Entry) -> Ticket {
+        match entry {
+            Entry::Request(ticket) => ticket,
+            Entry::New(call, bytes) => {
+                let recorder = &mut self.recorders[subject.rank];
+                recorder.begin(call, subject.peer, Some(subject.tag), bytes)
+            }
+        }
+    }
+
+    /// Records of a request just posted whether it has met `match_of_peer`, a request of the peer.
+    fn posted(&mut self, rank: Rank, ticket: Ticket, peer: Rank, match_of_peer: Option<Ticket>) {
+        let own = &mut self.recorders[rank];
+        own.advance(ticket, Progress::Posted);
+        if let Some(theirs) = match_of_peer {
+            own.advance(ticket, Progress::Matched);
+            self.recorders[peer].advance(theirs, Progress::Matched);
         }
     }
 
@@ -225,11 +312,12 @@ impl<B: Buffer> State<B> {
         !self.departed[peer] && self.channel(rank, peer).has_room()
     }
 
-    pub(super) fn send(&mut self, rank: Rank, peer: Rank, tag: Tag, buffer: B) -> Ticket {
+    pub(super) fn send(&mut self, rank: Rank, ticket: Ticket, peer: Rank, tag: Tag, buffer: B) {
         let traffic = &mut self.traffic[rank];
         traffic.messages_sent += 1;
         traffic.bytes_sent += buffer.byte_len() as u64;
-        self.channel_mut(rank, peer).send(tag, buffer)
+        let receive = self.channel_mut(rank, peer).send(ticket, tag, buffer);
+        self.posted(rank, ticket, peer, receive);
     }
 
     /// What a send yields when it is taken, and since when it is.
@@ -239,14 +327,23 @@ impl<B: Buffer> State<B> {
         peer: Rank,
         send: Ticket,
     ) -> Attempt<(Option<B>, Instant)> {
-        match self.channel_mut(rank, peer).finish(send) {
-            Some(taken) => Attempt::Done(taken),
-            None => Attempt::Blocked(peer),
-        }
+        let Some(taken) = self.channel_mut(rank, peer).finish(send) else {
+            return Attempt::Blocked(peer);
+        };
+        self.ended(rank, send);
+        Attempt::Done(taken)
     }
 
-    pub(super) fn post(&mut self, rank: Rank, peer: Rank, tag: Tag, memory: Option<B>) -> Ticket {
-        self.channel_mut(peer, rank).post(tag, memory)
+    pub(super) fn post(
+        &mut self,
+        rank: Rank,
+        ticket: Ticket,
+        peer: Rank,
+        tag: Tag,
+        memory: Option<B>,
+    ) {
+        let send = self.channel_mut(peer, rank).post(ticket, tag, memory);
+        self.posted(rank, ticket, peer, send);
     }
 
     pub(super) fn collect(
@@ -270,22 +367,32 @@ impl<B: Buffer> State<B> {
         let traffic = &mut self.traffic[rank];
         traffic.messages_received += 1;
         traffic.bytes_received += buffer.byte_len() as u64;
+        self.ended(rank, receive);
         Attempt::Done((buffer, arrived))
+    }
+
+    /// Records that a call is over, with success.
+    pub(super) fn ended(&mut self, rank: Rank, ticket: Ticket) {
+        self.recorders[rank].advance(ticket, Progress::Ended);
     }
 
     /// Puts the rank's part into the round, once, and yields all parts when they are there.
     pub(super) fn all_gather(
         &mut self,
         rank: Rank,
-        operation: u64,
+        key: (GroupId, u64),
+        members: &[Rank],
         part: &mut Option<Vec<u8>>,
     ) -> Attempt<Vec<Vec<u8>>> {
         let round = self
             .rounds
-            .entry(operation)
-            .or_insert_with(|| Round::new(self.world_size));
-        if let Some(part) = part.take_if(|_| round.parts[rank].is_none()) {
-            round.parts[rank] = Some(part);
+            .entry(key)
+            .or_insert_with(|| Round::new(members));
+        let Some(own) = round.part_of(rank) else {
+            return Attempt::Failed(CommErrorKind::InvalidPeer(rank));
+        };
+        if let Some(part) = part.take_if(|_| own.is_none()) {
+            *own = Some(part);
         }
         if part.is_some() {
             // This rank used the number before, and not every rank has taken that round's result.
@@ -296,30 +403,24 @@ impl<B: Buffer> State<B> {
         }
         let parts = round.parts.iter().flatten().cloned().collect();
         round.taken += 1;
-        if round.taken == self.world_size {
-            self.rounds.remove(&operation);
+        if round.taken == round.members.len() {
+            self.rounds.remove(&key);
         }
         Attempt::Done(parts)
     }
 
-    fn check(&self, subject: Subject) -> Result<(), CommError> {
-        match &self.cause {
-            Some(cause) => Err(subject.poisoned_by(cause)),
-            None => Ok(()),
-        }
-    }
-
     /// What `peer` offers to `rank` and `rank` has not taken: messages, and all-gathers it has not joined.
     fn untaken(&self, peer: Rank, rank: Rank) -> Vec<Tag> {
-        let joined_by_peer_only =
-            |round: &Round| round.parts[peer].is_some() && round.parts[rank].is_none();
+        let joined_by_peer_only = |round: &Round| {
+            round.has_part_of(peer) == Some(true) && round.has_part_of(rank) == Some(false)
+        };
         let rounds = self
             .rounds
             .iter()
             .filter(|(_, round)| joined_by_peer_only(round));
         self.channel(peer, rank)
             .untaken()
-            .chain(rounds.map(|(&operation, _)| gather_tag(operation)))
+            .chain(rounds.map(|(&(group, operation), _)| gather_tag(group, operation)))
             .collect()
     }
 
@@ -333,16 +434,30 @@ impl<B: Buffer> State<B> {
 }
 
 impl Round {
-    fn new(world_size: usize) -> Self {
+    fn new(members: &[Rank]) -> Self {
         Self {
-            parts: vec![None; world_size],
+            members: members.to_vec(),
+            parts: vec![None; members.len()],
             taken: 0,
         }
     }
 
+    /// Where a member's part lies; `None` for another rank.
+    fn part_of(&mut self, rank: Rank) -> Option<&mut Option<Vec<u8>>> {
+        let index = self.members.iter().position(|&member| member == rank)?;
+        Some(&mut self.parts[index])
+    }
+
+    /// Whether a member's part is there; `None` for another rank.
+    fn has_part_of(&self, rank: Rank) -> Option<bool> {
+        let index = self.members.iter().position(|&member| member == rank)?;
+        Some(self.parts[index].is_some())
+    }
+
     /// A rank whose part is missing; one that has departed if there is such, because it will never come.
     fn first_absent(&self, departed: &[bool]) -> Option<Rank> {
-        let absent = || (0..self.parts.len()).filter(|&rank| self.parts[rank].is_none());
+        let parts = || self.members.iter().zip(&self.parts);
+        let absent = || parts().filter_map(|(&rank, part)| part.is_none().then_some(rank));
         absent()
             .find(|&rank| departed[rank])
             .or_else(|| absent().next())
@@ -350,11 +465,10 @@ impl Round {
 }
 
 /// How errors name an all-gather.
-pub(super) fn gather_tag(operation: u64) -> Tag {
+pub(super) fn gather_tag(group: GroupId, operation: u64) -> Tag {
     Tag {
-        operation,
-        step: 0,
-        payload: Payload::Collective,
+        group,
+        ..Tag::new(operation, 0, Payload::Collective)
     }
 }
 
@@ -363,8 +477,17 @@ mod tests {
     use super::*;
     use crate::buffer::HostBuffer;
 
+    fn all_gather(
+        state: &mut State<HostBuffer>,
+        rank: Rank,
+        part: &mut Option<Vec<u8>>,
+    ) -> Attempt<Vec<Vec<u8>>> {
+        let everybody: Vec<Rank> = (0..state.world_size).collect();
+        state.all_gather(rank, (GroupId::WHOLE, 7), &everybody, part)
+    }
+
     fn gather(state: &mut State<HostBuffer>, rank: Rank, part: u8) -> Attempt<Vec<Vec<u8>>> {
-        state.all_gather(rank, 7, &mut Some(vec![part]))
+        all_gather(state, rank, &mut Some(vec![part]))
     }
 
     #[test]
@@ -372,13 +495,13 @@ mod tests {
         let mut state = State::new(2);
         let mut first = Some(vec![10]);
         assert!(matches!(
-            state.all_gather(0, 7, &mut first),
+            all_gather(&mut state, 0, &mut first),
             Attempt::Blocked(1)
         ));
         assert!(matches!(gather(&mut state, 1, 11), Attempt::Done(_)));
         assert_eq!(state.rounds.len(), 1);
         assert!(
-            matches!(state.all_gather(0, 7, &mut first), Attempt::Done(parts) if parts == [[10], [11]])
+            matches!(all_gather(&mut state, 0, &mut first), Attempt::Done(parts) if parts == [[10], [11]])
         );
         assert!(state.rounds.is_empty());
     }
@@ -388,14 +511,14 @@ mod tests {
         let mut state = State::new(2);
         let mut first = Some(vec![10]);
         assert!(matches!(
-            state.all_gather(0, 7, &mut first),
+            all_gather(&mut state, 0, &mut first),
             Attempt::Blocked(1)
         ));
         assert!(matches!(gather(&mut state, 1, 11), Attempt::Done(_)));
 
         let mut second = Some(vec![21]);
         assert!(matches!(
-            state.all_gather(1, 7, &mut second),
+            all_gather(&mut state, 1, &mut second),
             Attempt::Blocked(1)
         ));
         assert!(
@@ -403,11 +526,11 @@ mod tests {
             "the part is not mixed into the round before"
         );
         assert!(matches!(
-            state.all_gather(0, 7, &mut first),
+            all_gather(&mut state, 0, &mut first),
             Attempt::Done(_)
         ));
         assert!(matches!(
-            state.all_gather(1, 7, &mut second),
+            all_gather(&mut state, 1, &mut second),
             Attempt::Blocked(0)
         ));
         assert!(matches!(gather(&mut state, 0, 20), Attempt::Done(parts) if parts == [[20], [21]]));
@@ -419,7 +542,7 @@ mod tests {
         assert!(matches!(gather(&mut state, 0, 0), Attempt::Blocked(1)));
         state.departed[2] = true;
         assert!(matches!(
-            state.all_gather(0, 7, &mut None),
+            all_gather(&mut state, 0, &mut None),
             Attempt::Blocked(2)
         ));
     }
