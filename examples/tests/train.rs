@@ -102,6 +102,28 @@ fn losses_do_not_depend_on_ranks_or_sharding() {
     }
 }
 
+/// The same batch on one group and divided among several, evenly or not, with dropout.
+#[test]
+fn losses_do_not_depend_on_data_groups() {
+    let (directory, _) = workplace();
+    let run = |name: &str, ranks: &str, groups: &str| {
+        let extra = [
+            ["--steps", "25"],
+            ["--batch", "3"],
+            ["--dropout", "0.1"],
+            ["--ranks", ranks],
+            ["--data-parallel", groups],
+        ];
+        losses(directory.path(), name, extra.as_flattened())
+    };
+    let expected = run("one", "1", "1");
+    assert_eq!(expected.len(), 25);
+    for (ranks, groups) in [("1", "3"), ("2", "2")] {
+        let got = run(&format!("{ranks}-{groups}"), ranks, groups);
+        assert_agree(&got, &expected);
+    }
+}
+
 #[test]
 fn a_checkpoint_resumes_on_another_number_of_ranks() {
     let (directory, _) = workplace();

@@ -33,7 +33,7 @@ struct Options {
     /// Prints the names of the cases.
     #[arg(long)]
     list: bool,
-    /// Runs of each side; slow cases are content with 5.
+    /// Runs of each side; slow cases are content with 5, the Burn module is given three times as many.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     pairs: u32,
     /// Tiny sizes, two pairs: whether it works at all. The numbers say nothing.

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::compare::{Case, CompareError, Unit, side::Side, stage::Stage};
+use crate::compare::{Case, CompareError, Section, Unit, side::Side, stage::Stage};
 
 /// Fewest pairs whose median counts.
 pub const FEWEST_PAIRS: usize = 5;
@@ -118,9 +118,11 @@ pub fn run(
         disturbance: 0.0,
         peak_bytes: None,
     };
-    let pairs = match case.unit() {
-        Unit::Bytes => pairs.min(PAIRS_OF_BYTES),
-        Unit::Flops | Unit::Tokens => pairs,
+    let pairs = match (case.unit(), case.section) {
+        (Unit::Bytes, _) => pairs.min(PAIRS_OF_BYTES),
+        // A few percent are looked for, in runs that differ by ten.
+        (_, Section::Module) => 3 * pairs,
+        _ => pairs,
     };
     let start = Instant::now();
     for pair in 0..pairs {

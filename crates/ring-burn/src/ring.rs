@@ -33,6 +33,7 @@ pub struct Ring {
     query_length: usize,
     key_length: usize,
     seed: u64,
+    first_batch_entry: usize,
     plans: Arc<Mutex<Vec<Arc<Plan>>>>,
 }
 
@@ -59,6 +60,7 @@ impl Ring {
             query_length: sequence_length,
             key_length: sequence_length,
             seed: 0,
+            first_batch_entry: 0,
             plans: Arc::default(),
         })
     }
@@ -114,6 +116,16 @@ impl Ring {
         Self { seed, ..self }
     }
 
+    /// The same place, where batches are a part of a larger one whose entries are counted from `entry`: dropout depends on
+    /// the entry too.
+    #[must_use]
+    pub fn with_first_batch_entry(self, entry: usize) -> Self {
+        Self {
+            first_batch_entry: entry,
+            ..self
+        }
+    }
+
     /// This rank.
     pub fn rank(&self) -> usize {
         self.communicator.rank()
@@ -152,6 +164,11 @@ impl Ring {
     /// The seed for dropout.
     pub fn seed(&self) -> u64 {
         self.seed
+    }
+
+    /// Number of the first batch entry in the whole batch, for dropout.
+    pub fn first_batch_entry(&self) -> usize {
+        self.first_batch_entry
     }
 
     /// The spans of positions that this rank owns, ascending.

@@ -1,13 +1,14 @@
 //! A burn-train strategy that trains one model over ranks that are threads: [`RingStrategy`].
 //!
-//! Every rank works on the same sample, each on the positions it owns; gradients are summed before the optimizer's step, so
-//! all ranks hold the same parameters at all times. Rank 0's outputs go to burn-train's metrics, progress and checkpoints.
+//! Every rank of a group works on the same samples, each on the positions it owns; several groups divide the samples. Gradients
+//! are summed over all before the optimizer's step, so all ranks hold the same parameters at all times. Rank 0's outputs go to burn-train's metrics, progress and checkpoints.
 //!
 //! Ranks as threads must not share leaves of the autodiff graph: Burn holds one lock per graph during a backward, and a
 //! backward here waits for other ranks. So each rank forks the model, which gives it leaves of its own.
 
 use std::{
     any::Any,
+    ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
@@ -48,14 +49,53 @@ pub trait SequenceItem: Clone + Send + 'static {
     /// ([`Ring::with_sequence_length`]), and a seed ([`Ring::with_seed`]) if the model has dropout.
     #[must_use]
     fn on_rank(self, ring: &Ring) -> Self;
+
+    /// The part of the item's samples that is `group`'s ([`DataGroup::share`]), if several groups divide them among
+    /// themselves. The loss stays a part of the loss of *all* samples, and dropout that of all
+    /// ([`Ring::with_first_batch_entry`]).
+    #[must_use]
+    fn in_group(self, group: &DataGroup) -> Self;
 }
 
-/// Trains one model over several ranks, each a thread of this process, connected by loopback.
+/// One of the groups that divide the samples of a batch among themselves; each is a ring that shares its samples' sequences.
+#[derive(Clone, Debug)]
+pub struct DataGroup {
+    index: usize,
+    count: usize,
+    everyone: Communicator<HostBuffer>,
+}
+
+impl DataGroup {
+    /// Its number, from 0.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Number of groups.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// The ranks of all groups.
+    pub fn everyone(&self) -> &Communicator<HostBuffer> {
+        &self.everyone
+    }
+
+    /// Its part of `samples`: consecutive ones, as many as any other group's or one fewer.
+    pub fn share(&self, samples: usize) -> Range<usize> {
+        let bound = |index: usize| samples * index / self.count;
+        bound(self.index)..bound(self.index + 1)
+    }
+}
+
+/// Trains one model over several ranks, each a thread of this process, connected by loopback. They share every sequence, or, as
+/// several groups ([`with_data_parallel`](Self::with_data_parallel)), the samples too.
 ///
 /// Pass it to burn-train: `training.with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))`.
 #[derive(Clone, Debug)]
 pub struct RingStrategy {
     ranks: usize,
+    groups: usize,
     sharding: Sharding,
     device: Device,
     deadline: Duration,
@@ -66,7 +106,7 @@ impl RingStrategy {
     /// Longest wait of a rank for another, unless set: generous, since a step may take minutes on a small machine.
     pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(600);
 
-    /// A strategy over `ranks` ranks on an autodiff `device`.
+    /// A strategy over one group of `ranks` ranks on an autodiff `device`.
     ///
     /// # Errors
     /// [`RingError::Value`] for no ranks, or a device without autodiff.
@@ -80,11 +120,25 @@ impl RingStrategy {
         }
         Ok(Self {
             ranks,
+            groups: 1,
             sharding,
             device,
             deadline: Self::DEFAULT_DEADLINE,
             threads_per_rank: None,
         })
+    }
+
+    /// `groups` groups of as many ranks each, which divide the samples of every item: data parallelism across, context
+    /// parallelism within. Rank `r` of group `g` is rank `g * ranks + r` of all. Validation is left to the first group.
+    ///
+    /// # Errors
+    /// [`RingError::Value`] for no groups.
+    pub fn with_data_parallel(self, groups: usize) -> Result<Self, RingError> {
+        if groups == 0 {
+            let message = "training needs at least one group of ranks";
+            return Err(RingError::Value(message.into()));
+        }
+        Ok(Self { groups, ..self })
     }
 
     /// Another longest wait of a rank for another.
@@ -102,19 +156,41 @@ impl RingStrategy {
         }
     }
 
-    fn rings(&self) -> Result<Vec<Ring>, RingError> {
-        Loopback::group::<HostBuffer>(self.ranks, self.deadline)
+    /// All ranks of all groups.
+    fn everyone(&self) -> impl Iterator<Item = Communicator<HostBuffer>> {
+        Loopback::group::<HostBuffer>(self.groups * self.ranks, self.deadline)
             .into_iter()
-            .map(|endpoint| {
-                let communicator = Communicator::new(Arc::new(endpoint));
-                let ring = Ring::new(communicator, self.sharding, 0)?;
-                match self.threads_per_rank {
-                    Some(threads) => ring.with_threads(threads),
-                    None => Ok(ring),
-                }
-            })
-            .collect()
+            .map(|endpoint| Communicator::new(Arc::new(endpoint)))
     }
+
+    /// The place of a rank; all ranks must ask at the same time.
+    fn place(&self, everyone: Communicator<HostBuffer>) -> Result<Place, RingError> {
+        let index = everyone.rank() / self.ranks;
+        let group = match self.groups {
+            1 => everyone.clone(),
+            _ => everyone
+                .split(Some(index as u64), 0)?
+                .expect("every rank has a group"),
+        };
+        let threads = self.threads_per_rank.unwrap_or_else(|| {
+            let cores = thread::available_parallelism().map_or(1, usize::from);
+            (cores / everyone.world_size()).max(1)
+        });
+        Ok(Place {
+            ring: Ring::new(group, self.sharding, 0)?.with_threads(threads)?,
+            group: DataGroup {
+                index,
+                count: self.groups,
+                everyone,
+            },
+        })
+    }
+}
+
+/// Where a rank stands: in the ring that shares its sequences, and among the groups that share the samples.
+struct Place {
+    ring: Ring,
+    group: DataGroup,
 }
 
 /// What the coordinator asks of every rank.
@@ -140,7 +216,7 @@ enum Answer<M: LearnerModel> {
 /// One rank's thread.
 struct Worker<M: LearnerModel> {
     learner: Learner<M>,
-    ring: Ring,
+    place: Place,
     accumulator: GradientsAccumulator<M>,
     accumulates: bool,
     /// The model without autodiff, made when the first item of a validation arrives.
@@ -169,19 +245,25 @@ where
     fn compare_parameters(&self) {
         let checksum = parameter_checksum(&self.learner.model());
         let fields = [("parameter checksum".to_string(), format!("{checksum:016x}"))];
-        self.ring
-            .communicator()
+        self.place
+            .group
+            .everyone
             .agree("training", &fields)
             .unwrap_or_else(|error| panic!("ranks start from different parameters: {error}"));
     }
 
     fn train(&mut self, item: <M as TrainStep>::Input, update: bool) {
         self.validating = None;
-        let output = self.learner.train_step(item.on_rank(&self.ring));
+        let Place { ring, group } = &self.place;
+        let item = match group.count {
+            1 => item,
+            _ => item.in_group(group),
+        };
+        let output = self.learner.train_step(item.on_rank(ring));
         if let Some(gradients) = self.accumulate(output.grads, update) {
-            let gradients =
-                sum_gradients(&self.learner.model(), gradients, self.ring.communicator())
-                    .unwrap_or_else(|error| panic!("summing gradients failed: {error}"));
+            let everyone = &self.place.group.everyone;
+            let gradients = sum_gradients(&self.learner.model(), gradients, everyone)
+                .unwrap_or_else(|error| panic!("summing gradients failed: {error}"));
             self.learner.lr_step();
             self.learner.optimizer_step(gradients);
         }
@@ -199,10 +281,13 @@ where
     }
 
     fn validate(&mut self, item: <M as InferenceStep>::Input) {
+        if self.place.group.index > 0 {
+            return;
+        }
         let model = self
             .validating
             .get_or_insert_with(|| self.learner.model().valid());
-        let output = InferenceStep::step(model, item.on_rank(&self.ring));
+        let output = InferenceStep::step(model, item.on_rank(&self.place.ring));
         self.answer(Answer::Validated(output));
     }
 
@@ -286,7 +371,6 @@ where
         // Parameters are drawn when first used: here, once, not on every rank anew.
         learner.fork(&self.device);
         let interrupter = components.interrupter.clone();
-        let rings = self.rings().unwrap_or_else(|error| panic!("{error}"));
         let (answers, from_rank_0) = channel();
         let mut coordinator = Coordinator {
             train: train.to_device(&self.device),
@@ -297,20 +381,28 @@ where
             let mut orders = Vec::new();
             let mut threads = Vec::new();
             let mut answers = Some(answers);
-            for ring in rings {
+            for everyone in self.everyone() {
                 let (order, incoming) = sync_channel(1);
                 orders.push(order);
-                let rank = ring.rank();
-                let worker = Worker {
-                    learner: learner.clone(),
-                    ring,
+                let rank = everyone.rank();
+                let learner = learner.clone();
+                let accumulates = coordinator.components.grad_accumulation.is_some();
+                let answers = if rank == 0 { answers.take() } else { None };
+                let worker = move |place| Worker {
+                    learner,
+                    place,
                     accumulator: GradientsAccumulator::new(),
-                    accumulates: coordinator.components.grad_accumulation.is_some(),
+                    accumulates,
                     validating: None,
-                    answers: if rank == 0 { answers.take() } else { None },
+                    answers,
                 };
-                let device = &self.device;
-                let run = move || run_guarded(worker, device, &incoming);
+                let run = move || {
+                    guarded(&everyone, || {
+                        let place = self.place(everyone.clone());
+                        let place = place.unwrap_or_else(|error| panic!("{error}"));
+                        worker(place).run(&self.device, &incoming);
+                    })
+                };
                 let thread = thread::Builder::new()
                     .name(format!("rank-{rank}"))
                     .spawn_scoped(scope, run);
@@ -348,20 +440,11 @@ where
     }
 }
 
-/// Runs a rank; if it panics, tells the group why, and returns the reason.
-fn run_guarded<M: LearnerModel>(
-    worker: Worker<M>,
-    device: &Device,
-    orders: &Receiver<Order<M>>,
-) -> Option<String>
-where
-    <M as TrainStep>::Input: SequenceItem,
-    <M as InferenceStep>::Input: SequenceItem,
-{
-    let communicator = worker.ring.communicator().clone();
-    let payload = catch_unwind(AssertUnwindSafe(|| worker.run(device, orders))).err()?;
+/// Does a rank's work; if it panics, tells the group why, and returns the reason.
+fn guarded(everyone: &Communicator<HostBuffer>, work: impl FnOnce()) -> Option<String> {
+    let payload = catch_unwind(AssertUnwindSafe(work)).err()?;
     let message = text(payload.as_ref());
-    communicator.abort(&message);
+    everyone.abort(&message);
     Some(message)
 }
 

@@ -15,12 +15,7 @@ pub(crate) struct Subject {
 
 impl Subject {
     pub(crate) fn error(self, kind: CommErrorKind) -> CommError {
-        CommError {
-            rank: self.rank,
-            peer: self.peer,
-            tag: self.tag,
-            kind,
-        }
+        CommError::new(self.rank, self.peer, self.tag, kind)
     }
 
     /// How this call tells of the group's failure: the rank where it happened repeats it, the others pass it on.
@@ -43,10 +38,5 @@ pub(crate) fn gather_tag(group: GroupId, operation: u64) -> Tag {
 
 /// What poisons the group of a rank that panics.
 pub(crate) fn panicked(culprit: Rank) -> CommError {
-    CommError {
-        rank: culprit,
-        peer: None,
-        tag: None,
-        kind: CommErrorKind::Panicked { culprit },
-    }
+    CommError::new(culprit, None, None, CommErrorKind::Panicked { culprit })
 }

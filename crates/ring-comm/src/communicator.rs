@@ -8,7 +8,8 @@
 
 use std::{
     collections::VecDeque,
-    fmt,
+    fmt, io,
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -22,6 +23,7 @@ use crate::{
     error::{CommError, CommErrorKind, Disagreement},
     loopback::Loopback,
     pool::BufferPool,
+    recorder::FlightRecord,
     subgroup::SubGroup,
     trace::{Activity, Details, RankTrace, Trace},
     transport::{GroupId, Rank, Traffic, Transport},
@@ -153,6 +155,20 @@ impl<B: Buffer> Communicator<B> {
     /// What this rank has sent and received so far.
     pub fn traffic(&self) -> Traffic {
         self.transport().traffic()
+    }
+
+    /// The last operations of this rank, in all groups it is in.
+    pub fn flight_record(&self) -> FlightRecord {
+        self.transport().flight_record()
+    }
+
+    /// Writes [`flight_record`](Self::flight_record) to a file as lines of JSON, as [`FlightRecord::write_to`] does.
+    ///
+    /// # Errors
+    /// What the operating system says if the file cannot be written.
+    pub fn dump_flight_record(&self, path: &Path) -> io::Result<()> {
+        let cause = self.transport().poisoned();
+        self.flight_record().write_to(path, cause.as_ref())
     }
 
     /// Poisons the group: every rank's pending and later calls return an error that carries `reason` and names this rank.
@@ -287,12 +303,9 @@ impl<B: Buffer> Communicator<B> {
         let global = |rank| self.transport().global_rank(rank);
         disagreement.culprit = global(disagreement.culprit);
         disagreement.reference = global(disagreement.reference);
-        let error = CommError {
-            rank: global(self.rank()),
-            peer: None,
-            tag: None,
-            kind: CommErrorKind::Disagreement(Box::new(disagreement)),
-        };
+        let kind = CommErrorKind::Disagreement(Box::new(disagreement));
+        let error = CommError::new(global(self.rank()), None, None, kind)
+            .with_history(self.flight_record());
         self.transport().poison(error.clone());
         error
     }

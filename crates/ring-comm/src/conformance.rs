@@ -9,6 +9,7 @@ mod collectives;
 mod exchange;
 mod faults;
 mod groups;
+mod history;
 mod misuse;
 
 use std::{
@@ -134,6 +135,7 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
         groups::CASES,
         misuse::CASES,
         faults::CASES,
+        history::CASES,
     ]
     .into_iter()
     .flatten()

@@ -1,20 +1,21 @@
 //! Errors that say who, with whom, about what, and why.
 
-use std::time::Duration;
+use std::{fmt, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
     buffer::DType,
+    recorder::FlightRecord,
     transport::{Rank, Tag},
 };
 
 /// A failed communication, seen from one rank. Ranks are those of the whole, also if it happened in a group split off.
 ///
-/// `Clone`, because the error that poisons a group is returned to every rank and from every later call.
-#[derive(Clone, Debug, PartialEq, Error, Serialize, Deserialize)]
-#[error("rank {rank}{}{}: {kind}", context("peer", .peer), context("message", .tag))]
+/// `Clone`, because the error that poisons a group is returned to every rank and from every later call. Errors are equal if
+/// they say the same, whatever led to them: their histories are not compared. `{}` shows one line, `{:#}` the histories too.
+#[derive(Clone, Debug, Error, Serialize, Deserialize)]
 pub struct CommError {
     /// The rank that reports the error.
     pub rank: Rank,
@@ -24,6 +25,36 @@ pub struct CommError {
     pub tag: Option<Tag>,
     /// What went wrong.
     pub kind: CommErrorKind,
+    /// Stays in its process: a rank that hears of an error from another has a history of its own.
+    #[serde(skip)]
+    history: Option<Arc<FlightRecord>>,
+}
+
+impl PartialEq for CommError {
+    fn eq(&self, other: &Self) -> bool {
+        let told = |error: &Self| (error.rank, error.peer, error.tag);
+        told(self) == told(other) && self.kind == other.kind
+    }
+}
+
+impl fmt::Display for CommError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let peer = context("peer", &self.peer);
+        let message = context("message", &self.tag);
+        write!(f, "rank {}{peer}{message}: {}", self.rank, self.kind)?;
+        if !f.alternate() {
+            return Ok(());
+        }
+        if let Some(history) = &self.history {
+            write!(f, "\n{history}")?;
+        }
+        match self.root() {
+            root if std::ptr::eq(root, self) => Ok(()),
+            root => root
+                .history()
+                .map_or(Ok(()), |history| write!(f, "\n{history}")),
+        }
+    }
 }
 
 fn context<T: std::fmt::Display>(name: &str, value: &Option<T>) -> String {
@@ -121,6 +152,30 @@ fn sent_instead(tags: &[Tag]) -> String {
 }
 
 impl CommError {
+    /// An error without a history.
+    pub fn new(rank: Rank, peer: Option<Rank>, tag: Option<Tag>, kind: CommErrorKind) -> Self {
+        Self {
+            rank,
+            peer,
+            tag,
+            kind,
+            history: None,
+        }
+    }
+
+    /// The same error with what its rank did before; nothing changes if it has a history.
+    #[must_use]
+    pub fn with_history(mut self, history: FlightRecord) -> Self {
+        self.history.get_or_insert_with(|| Arc::new(history));
+        self
+    }
+
+    /// The last operations of the reporting rank at the moment of the failure, if its transport records them. Those of the
+    /// rank that failed first are the history of [`root`](Self::root).
+    pub fn history(&self) -> Option<&FlightRecord> {
+        self.history.as_deref()
+    }
+
     /// The original error: what poisoned the group if this rank only heard of it, otherwise this error itself.
     pub fn root(&self) -> &CommError {
         match &self.kind {
@@ -149,19 +204,15 @@ impl CommError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::transport::Payload;
+    use crate::{recorder::FlightRecorder, transport::Payload};
 
     fn deadline_error() -> CommError {
         let tag = |step| Tag::new(4, step, Payload::KeyValue);
-        CommError {
-            rank: 1,
-            peer: Some(2),
-            tag: Some(tag(0)),
-            kind: CommErrorKind::Deadline {
-                deadline: Duration::from_secs(3),
-                pending: vec![tag(1), tag(2)],
-            },
-        }
+        let kind = CommErrorKind::Deadline {
+            deadline: Duration::from_secs(3),
+            pending: vec![tag(1), tag(2)],
+        };
+        CommError::new(1, Some(2), Some(tag(0)), kind)
     }
 
     #[test]
@@ -175,13 +226,29 @@ mod tests {
 
     #[test]
     fn root_and_culprit_look_through_poison() {
-        let heard = CommError {
-            rank: 0,
-            peer: None,
-            tag: None,
-            kind: CommErrorKind::Poisoned(Box::new(deadline_error())),
-        };
+        let heard = CommError::new(
+            0,
+            None,
+            None,
+            CommErrorKind::Poisoned(Box::new(deadline_error())),
+        );
         assert_eq!(heard.root(), &deadline_error());
         assert_eq!(heard.culprit(), 2);
+    }
+
+    #[test]
+    fn histories_show_on_demand_and_do_not_tell_errors_apart() {
+        let record = |rank| FlightRecorder::new(rank).snapshot();
+        let cause = deadline_error().with_history(record(1));
+        assert_eq!(cause, deadline_error());
+        assert_eq!(cause.to_string(), deadline_error().to_string());
+
+        let kind = CommErrorKind::Poisoned(Box::new(cause));
+        let heard = CommError::new(0, None, None, kind).with_history(record(0));
+        let text = format!("{heard:#}");
+        let [own, first] =
+            ["rank 0,", "rank 1,"].map(|rank| text.find(&format!("operations of {rank}")));
+        assert!(own.is_some() && own < first, "{text}");
+        assert_eq!(heard.with_history(record(7)).history().unwrap().rank, 0);
     }
 }

@@ -12,7 +12,9 @@
 //! - [`Communicator`]: a transport with the numbering of operations and the check that all ranks plan the same;
 //! - [`BufferPool`]: memory of messages, kept for the next ones;
 //! - [`Trace`]: who computed, sent and waited when, as a file to look at;
+//! - [`FlightRecorder`]: the last operations of a rank, part of every error;
 //! - [`collective`]: sums over ranks in a fixed order;
+//! - [`launch`]: where a process stands in its group, and how the ranks find one another;
 //! - [`CommError`]: who failed, with whom, about which message, and why.
 //!
 //! # Glossary
@@ -26,6 +28,7 @@
 //! - **Taken**: of a message, matched by a receive that its destination has posted.
 //! - **Departed**: of a rank, ended in peace; what it has sent can still be received.
 //! - **Poison**: the first error of a group, which ends all communication in it and is what every rank gets to see.
+//! - **History**: of an error, the last operations of the rank that reports it.
 //!
 //! # Example
 //!
@@ -69,10 +72,12 @@ pub mod collective;
 mod communicator;
 pub mod conformance;
 mod error;
+pub mod launch;
 mod loopback;
 #[cfg(feature = "mpi")]
 mod mpi;
 pub mod pool;
+pub mod recorder;
 #[cfg(any(test, feature = "mpi"))]
 #[cfg_attr(
     not(feature = "mpi"),
@@ -93,6 +98,7 @@ pub use loopback::{Loopback, LoopbackEndpoint, RankPanic};
 #[cfg(feature = "mpi")]
 pub use mpi::{Mpi, MpiError};
 pub use pool::BufferPool;
+pub use recorder::{FlightRecord, FlightRecorder};
 #[cfg(feature = "mpi")]
 pub use remote::RemoteEndpoint;
 pub use trace::Trace;

@@ -11,11 +11,7 @@
 mod channel;
 mod endpoint;
 mod group;
-
-/// The primitives that a model checker would replace.
-mod sync {
-    pub(super) use std::sync::{Condvar, Mutex, MutexGuard};
-}
+mod sync;
 
 use std::{any::Any, sync::Arc, thread, time::Duration};
 

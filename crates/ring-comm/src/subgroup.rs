@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use crate::{
     buffer::Buffer,
     error::{CommError, CommErrorKind},
+    recorder::FlightRecord,
     transport::{Expected, GroupId, Rank, RecvRequest, SendRequest, Tag, Traffic, Transport},
 };
 
@@ -43,12 +44,13 @@ impl<B: Buffer> SubGroup<B> {
     fn address(&self, peer: Rank, tag: Tag) -> Result<(Rank, Tag), CommError> {
         match self.members.get(peer) {
             Some(&member) if peer != self.rank => Ok((member, self.tag(tag))),
-            _ => Err(CommError {
-                rank: self.global_rank(self.rank),
-                peer: None,
-                tag: Some(self.tag(tag)),
-                kind: CommErrorKind::InvalidPeer(peer),
-            }),
+            _ => Err(CommError::new(
+                self.global_rank(self.rank),
+                None,
+                Some(self.tag(tag)),
+                CommErrorKind::InvalidPeer(peer),
+            )
+            .with_history(self.flight_record())),
         }
     }
 
@@ -128,5 +130,9 @@ impl<B: Buffer> Transport<B> for SubGroup<B> {
 
     fn traffic(&self) -> Traffic {
         self.parent.traffic()
+    }
+
+    fn flight_record(&self) -> FlightRecord {
+        self.parent.flight_record()
     }
 }

@@ -17,6 +17,7 @@
 //!   taken, so that the mistake shows on every run.
 //! - Groups that are split off ([`Communicator::split`](crate::Communicator::split)) share the fate of the whole: what poisons
 //!   one poisons all, and errors number the ranks as the whole does.
+//! - Every rank remembers its last operations, and every error tells them ([`CommError::history`]).
 //! - A rank that panics poisons the group; one that simply drops its endpoint has *departed*: what it sent can still be
 //!   received, and whoever needs anything more from it gets an error that names it.
 
@@ -32,6 +33,7 @@ use crate::{
     buffer::{Buffer, DType},
     error::{CommError, CommErrorKind},
     loopback::{LoopbackRecv, LoopbackSend},
+    recorder::{FlightRecord, FlightRecorder},
 };
 
 /// Number of a rank in its group, `0..world_size`.
@@ -225,18 +227,15 @@ pub trait Transport<B: Buffer>: fmt::Debug + Send + Sync {
     /// Poisons the group: every rank's pending and later calls return an error that carries `reason` and names this rank.
     fn abort(&self, reason: &str) {
         let culprit = self.global_rank(self.rank());
-        self.poison(CommError {
-            rank: culprit,
-            peer: None,
-            tag: None,
-            kind: CommErrorKind::Aborted {
-                culprit,
-                reason: reason.to_owned(),
-            },
-        });
+        let kind = CommErrorKind::Aborted {
+            culprit,
+            reason: reason.to_owned(),
+        };
+        self.poison(CommError::new(culprit, None, None, kind));
     }
 
     /// Poisons the group with `cause`, an error found above the transport; does nothing if the group is poisoned already.
+    /// A cause without a history gets this rank's.
     fn poison(&self, cause: CommError);
 
     /// The error that poisoned the group, if one did.
@@ -244,6 +243,11 @@ pub trait Transport<B: Buffer>: fmt::Debug + Send + Sync {
 
     /// What this rank has sent and received so far.
     fn traffic(&self) -> Traffic;
+
+    /// The last operations of this rank, in all groups it is in. Empty, as by default, if the transport records none.
+    fn flight_record(&self) -> FlightRecord {
+        FlightRecorder::with_capacity(self.global_rank(self.rank()), 0).snapshot()
+    }
 }
 
 /// What a backend implements for a send in progress. Dropping it unfinished must poison the group.

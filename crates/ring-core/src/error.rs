@@ -24,7 +24,7 @@ pub enum Error {
     #[error("attention exchange failed in {step}: {source}")]
     Comm {
         /// What the rank was about.
-        step: String,
+        step: Box<str>,
         /// Who, with whom, what and why.
         source: CommError,
     },

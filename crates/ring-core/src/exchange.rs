@@ -301,7 +301,7 @@ impl<B: Buffer, K: Kernels<B>> Exchanger<'_, B, K> {
 
     fn comm_error(&self, letter: Letter, source: CommError) -> Error {
         Error::Comm {
-            step: format!("hop {} of the {} pass", letter.distance, self.pass.name()),
+            step: format!("hop {} of the {} pass", letter.distance, self.pass.name()).into(),
             source,
         }
     }

@@ -267,19 +267,20 @@ fn without_a_trace_nothing_is_recorded() {
     assert!(file.events().is_empty());
 }
 
-/// Not a test of its own: what the next one runs in a process with the variable set.
-#[test]
-#[ignore = "run by another test, in a process of its own"]
-fn attends_as_the_environment_says() {
-    on_all_ranks(|communicator| attend(&communicator, false));
-}
-
+/// The variable counts for a whole process, so this test runs itself once more, in a process where it is set.
 #[test]
 fn the_environment_names_a_file_for_all_ranks_of_a_process() {
+    const NAME: &str = "the_environment_names_a_file_for_all_ranks_of_a_process";
+    const INNER: &str = "RING_TRACE_TEST_INNER";
+    if env::var_os(INNER).is_some() {
+        on_all_ranks(|communicator| attend(&communicator, false));
+        return;
+    }
     let file = TraceFile::new("%p");
     let mut child = Command::new(env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "attends_as_the_environment_says"])
+        .args(["--exact", NAME])
         .env(TRACE_VARIABLE, &file.0)
+        .env(INNER, "yes")
         .stdout(Stdio::null())
         .spawn()
         .unwrap();

@@ -1,5 +1,7 @@
 //! Dropout whose mask depends on a seed and global positions, never on the number of ranks or on the sharding.
 
+use std::ops::Range;
+
 use burn::{
     module::{Flag, Module, Param},
     tensor::{Tensor, TensorData},
@@ -37,20 +39,27 @@ impl PositionDropout {
             return input;
         }
         let [batch, rows, channels] = input.dims();
-        let mask = self.mask(batch, &ring.positions(), channels, ring.seed());
+        let entries = ring.first_batch_entry()..ring.first_batch_entry() + batch;
+        let mask = self.mask(entries, &ring.positions(), channels, ring.seed());
         debug_assert_eq!(mask.len(), batch * rows * channels);
         let mask = Tensor::from_data(TensorData::new(mask, [batch, rows, channels]), &device);
         input * mask
     }
 
     /// Factors on the elements of `[batch, positions, channels]`.
-    fn mask(&self, batch: usize, positions: &[usize], channels: usize, seed: u64) -> Vec<f32> {
+    fn mask(
+        &self,
+        entries: Range<usize>,
+        positions: &[usize],
+        channels: usize,
+        seed: u64,
+    ) -> Vec<f32> {
         let keep = (1.0 / (1.0 - self.probability)) as f32;
         // Dropped are the draws below the threshold.
         let threshold = (self.probability * 2.0_f64.powi(32)) as u64;
         let key = [seed as u32, (seed >> 32) as u32];
-        let mut mask = Vec::with_capacity(batch * positions.len() * channels);
-        for entry in 0..batch {
+        let mut mask = Vec::with_capacity(entries.len() * positions.len() * channels);
+        for entry in entries {
             for &position in positions {
                 for block in 0..channels.div_ceil(4) {
                     // 2^40 positions, 2^24 batch entries.
@@ -116,9 +125,9 @@ mod tests {
     #[test]
     fn a_shard_drops_what_the_whole_drops() {
         let dropout = PositionDropout::new(0.3, 5);
-        let whole = dropout.mask(2, &(0..20).collect::<Vec<_>>(), 7, 42);
+        let whole = dropout.mask(0..2, &(0..20).collect::<Vec<_>>(), 7, 42);
         let own = [3, 4, 11];
-        let part = dropout.mask(2, &own, 7, 42);
+        let part = dropout.mask(0..2, &own, 7, 42);
         for batch in 0..2 {
             for (row, position) in own.into_iter().enumerate() {
                 assert_eq!(
@@ -127,13 +136,18 @@ mod tests {
                 );
             }
         }
-        assert_ne!(whole, dropout.mask(2, &(0..20).collect::<Vec<_>>(), 7, 43));
+        let second = dropout.mask(1..2, &own, 7, 42);
+        assert_eq!(second, part[3 * 7..], "a part of the batch");
+        assert_ne!(
+            whole,
+            dropout.mask(0..2, &(0..20).collect::<Vec<_>>(), 7, 43)
+        );
         assert_ne!(part[..7], part[7..14]);
     }
 
     #[test]
     fn the_rate_and_the_mean_are_right() {
-        let mask = PositionDropout::new(0.25, 0).mask(1, &(0..1000).collect::<Vec<_>>(), 64, 1);
+        let mask = PositionDropout::new(0.25, 0).mask(0..1, &(0..1000).collect::<Vec<_>>(), 64, 1);
         let dropped =
             mask.iter().filter(|&&factor| factor == 0.0).count() as f64 / mask.len() as f64;
         assert!((dropped - 0.25).abs() < 0.01, "{dropped}");

@@ -9,7 +9,7 @@ use burn::{
         metric::{Adaptor, LossInput},
     },
 };
-use ring_burn::{Ring, SequenceItem, collective, shard_slice};
+use ring_burn::{Communicator, DataGroup, HostBuffer, Ring, SequenceItem, collective, shard_slice};
 
 use crate::language_model::{LongNet, next_token_loss};
 
@@ -20,7 +20,12 @@ pub struct TokenWindows {
     starts: Arc<[usize]>,
     length: usize,
     seed: u64,
+    /// Windows of the whole batch, and the first of these among them.
+    batch: usize,
+    first: usize,
     ring: Option<Ring>,
+    /// All ranks that share the batch, if they are more than those of the ring.
+    everyone: Option<Communicator<HostBuffer>>,
 }
 
 impl TokenWindows {
@@ -39,16 +44,19 @@ impl TokenWindows {
         }
         Self {
             text,
+            batch: starts.len(),
+            first: 0,
             starts: starts.into(),
             length,
             seed,
             ring: None,
+            everyone: None,
         }
     }
 
-    /// Labels of all windows, on all ranks.
+    /// Labels of all windows of the batch, on all ranks of all groups.
     pub fn labels(&self) -> usize {
-        self.starts.len() * self.length
+        self.batch * self.length
     }
 
     /// The ring of the rank this item is for; one rank alone if nobody said.
@@ -57,7 +65,9 @@ impl TokenWindows {
             Some(ring) => ring.clone(),
             None => Ring::single(self.length).unwrap_or_else(|error| panic!("{error}")),
         };
-        ring.with_sequence_length(self.length).with_seed(self.seed)
+        ring.with_sequence_length(self.length)
+            .with_seed(self.seed)
+            .with_first_batch_entry(self.first)
     }
 
     /// Own rows of all windows, `shift` tokens on: `[batch, own positions]`.
@@ -80,6 +90,24 @@ impl SequenceItem for TokenWindows {
     fn on_rank(self, ring: &Ring) -> Self {
         Self {
             ring: Some(ring.clone()),
+            ..self
+        }
+    }
+
+    /// # Panics
+    /// If there are fewer windows than groups.
+    fn in_group(self, group: &DataGroup) -> Self {
+        let share = group.share(self.starts.len());
+        assert!(
+            !share.is_empty(),
+            "{} windows cannot be divided among {} groups",
+            self.starts.len(),
+            group.count()
+        );
+        Self {
+            first: self.first + share.start,
+            starts: self.starts[share].into(),
+            everyone: Some(group.everyone().clone()),
             ..self
         }
     }
@@ -119,7 +147,8 @@ impl LongNet {
     fn total(&self, part: Tensor<1>, windows: &TokenWindows) -> SequenceLoss {
         let ring = windows.ring();
         let part: f32 = part.into_scalar();
-        let total = collective::all_reduce_sum_f64(ring.communicator(), &[f64::from(part)])
+        let everyone = windows.everyone.as_ref().unwrap_or(ring.communicator());
+        let total = collective::all_reduce_sum_f64(everyone, &[f64::from(part)])
             .unwrap_or_else(|error| panic!("summing the loss failed: {error}"));
         SequenceLoss {
             loss: Tensor::from_floats([total[0] as f32], &self.device().inner()),

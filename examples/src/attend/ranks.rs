@@ -397,7 +397,7 @@ impl From<ring_core::SpecError> for RankError {
 impl From<CommError> for RankError {
     fn from(source: CommError) -> Self {
         RankError::Attention(Error::Comm {
-            step: "the barrier before a pass".to_string(),
+            step: "the barrier before a pass".into(),
             source,
         })
     }

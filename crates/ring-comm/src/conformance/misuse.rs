@@ -163,12 +163,8 @@ fn dropped_after_taken(stage: &Stage<'_>) {
 fn invalid_peer(stage: &Stage<'_>) {
     stage.run(|endpoint| {
         for peer in [endpoint.rank(), endpoint.world_size(), usize::MAX] {
-            let refused = CommError {
-                rank: endpoint.rank(),
-                peer: Some(peer),
-                tag: Some(tag(0)),
-                kind: CommErrorKind::InvalidPeer(peer),
-            };
+            let kind = CommErrorKind::InvalidPeer(peer);
+            let refused = CommError::new(endpoint.rank(), Some(peer), Some(tag(0)), kind);
             assert_eq!(
                 endpoint.isend(peer, tag(0), telling(0)).unwrap_err(),
                 refused

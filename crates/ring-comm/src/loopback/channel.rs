@@ -8,10 +8,13 @@
 
 use std::{collections::VecDeque, mem, time::Instant};
 
-use crate::transport::{MAX_OUTSTANDING_SENDS, Tag};
+use crate::{
+    recorder::RecordNumber,
+    transport::{MAX_OUTSTANDING_SENDS, Tag},
+};
 
-/// Names one request within its channel.
-pub(super) type Ticket = u64;
+/// Names one request among those of its rank: the number under which it is recorded.
+pub(super) type Ticket = RecordNumber;
 
 #[derive(Debug)]
 struct Sent<B> {
@@ -49,7 +52,6 @@ pub(super) struct Channel<B> {
     sent: VecDeque<Sent<B>>,
     taken: VecDeque<Taken<B>>,
     posted: VecDeque<Posted<B>>,
-    next_ticket: Ticket,
 }
 
 impl<B> Channel<B> {
@@ -59,7 +61,6 @@ impl<B> Channel<B> {
             sent: VecDeque::with_capacity(MAX_OUTSTANDING_SENDS),
             taken: VecDeque::with_capacity(MAX_OUTSTANDING_SENDS),
             posted: VecDeque::with_capacity(MAX_OUTSTANDING_SENDS),
-            next_ticket: 0,
         }
     }
 
@@ -69,24 +70,24 @@ impl<B> Channel<B> {
         self.sent.len() < MAX_OUTSTANDING_SENDS
     }
 
-    pub(super) fn send(&mut self, tag: Tag, buffer: B) -> Ticket {
-        let ticket = self.issue_ticket();
-        let open = self
-            .posted
-            .iter_mut()
-            .find_map(|receive| receive.open_for(tag));
-        match open {
-            Some(message) => {
-                let memory = message.arrive(buffer);
+    /// Yields the receive that has taken the message, if one has.
+    pub(super) fn send(&mut self, ticket: Ticket, tag: Tag, buffer: B) -> Option<Ticket> {
+        let is_open = |receive: &&mut Posted<B>| receive.is_open_for(tag);
+        match self.posted.iter_mut().find(is_open) {
+            Some(receive) => {
+                let memory = receive.message.arrive(buffer);
                 self.taken.push_back(Taken::now(ticket, memory));
+                Some(receive.ticket)
             }
-            None => self.sent.push_back(Sent {
-                ticket,
-                tag,
-                buffer,
-            }),
+            None => {
+                self.sent.push_back(Sent {
+                    ticket,
+                    tag,
+                    buffer,
+                });
+                None
+            }
         }
-        ticket
     }
 
     /// Ends a send whose message was taken, since when is told; yields the receiver's memory. `None` while it is not taken.
@@ -96,11 +97,13 @@ impl<B> Channel<B> {
         Some((taken.memory, taken.since))
     }
 
-    pub(super) fn post(&mut self, tag: Tag, memory: Option<B>) -> Ticket {
-        let ticket = self.issue_ticket();
+    /// Yields the send whose message the receive has taken, if there was one.
+    pub(super) fn post(&mut self, ticket: Ticket, tag: Tag, memory: Option<B>) -> Option<Ticket> {
         let oldest = self.sent.iter().position(|message| message.tag == tag);
+        let sent = oldest.and_then(|index| self.sent.remove(index));
+        let taken = sent.as_ref().map(|sent| sent.ticket);
         let mut message = Message::Awaited { memory };
-        if let Some(sent) = oldest.and_then(|index| self.sent.remove(index)) {
+        if let Some(sent) = sent {
             let memory = message.arrive(sent.buffer);
             self.taken.push_back(Taken::now(sent.ticket, memory));
         }
@@ -109,7 +112,7 @@ impl<B> Channel<B> {
             tag,
             message,
         });
-        ticket
+        taken
     }
 
     /// The message of a posted receive, which is over then, and when it arrived; `None` while there is none.
@@ -127,17 +130,11 @@ impl<B> Channel<B> {
     pub(super) fn untaken(&self) -> impl Iterator<Item = Tag> {
         self.sent.iter().map(|message| message.tag)
     }
-
-    fn issue_ticket(&mut self) -> Ticket {
-        self.next_ticket += 1;
-        self.next_ticket
-    }
 }
 
 impl<B> Posted<B> {
-    fn open_for(&mut self, tag: Tag) -> Option<&mut Message<B>> {
-        let open = self.tag == tag && matches!(self.message, Message::Awaited { .. });
-        open.then_some(&mut self.message)
+    fn is_open_for(&self, tag: Tag) -> bool {
+        self.tag == tag && matches!(self.message, Message::Awaited { .. })
     }
 }
 
@@ -179,29 +176,34 @@ mod tests {
     #[test]
     fn a_message_that_an_open_receive_takes_needs_no_room() {
         let mut channel = Channel::new();
-        let receives: Vec<_> = (0..9).map(|step| channel.post(tag(step), None)).collect();
-        for (step, receive) in (0..9).zip(receives) {
-            let send = channel.send(tag(step), step);
+        for step in 0..9 {
+            assert_eq!(channel.post(step, tag(step as u32), None), None);
+        }
+        for step in 0..9 {
+            let send = 100 + step;
+            assert_eq!(channel.send(send, tag(step as u32), step), Some(step));
             assert!(channel.finish(send).is_some());
-            assert_eq!(channel.collect(receive).unwrap().0, step);
-            assert_eq!(channel.collect(receive), None, "the receive is over");
+            assert_eq!(channel.collect(step).unwrap().0, step);
+            assert_eq!(channel.collect(step), None, "the receive is over");
         }
         assert!(channel.has_room());
     }
 
     #[test]
     fn the_receivers_memory_goes_to_the_sender_whoever_is_first() {
+        let [late, early, receive, other] = [1, 2, 3, 4];
         let mut channel = Channel::new();
-        let late = channel.send(tag(0), "first");
+        assert_eq!(channel.send(late, tag(0), "first"), None);
         assert!(channel.finish(late).is_none(), "not taken yet");
-        channel.post(tag(0), Some("memory for the first"));
+        let taken = channel.post(other, tag(0), Some("memory for the first"));
+        assert_eq!(taken, Some(late));
         assert_eq!(
             channel.finish(late).unwrap().0,
             Some("memory for the first")
         );
 
-        let receive = channel.post(tag(1), Some("memory for the second"));
-        let early = channel.send(tag(1), "second");
+        channel.post(receive, tag(1), Some("memory for the second"));
+        assert_eq!(channel.send(early, tag(1), "second"), Some(receive));
         assert_eq!(
             channel.finish(early).unwrap().0,
             Some("memory for the second")
@@ -217,13 +219,14 @@ mod tests {
             let mut sends = [0; 3];
             let mut receives = Vec::new();
             let mut posted = [0; 3];
-            for (is_send, step) in actions {
+            for (ticket, (is_send, step)) in (0..).zip(actions) {
                 let index = step as usize;
                 if !is_send {
-                    receives.push((channel.post(tag(step), None), step, posted[index]));
+                    channel.post(ticket, tag(step), None);
+                    receives.push((ticket, step, posted[index]));
                     posted[index] += 1;
                 } else if channel.has_room() {
-                    channel.send(tag(step), (step, sends[index]));
+                    channel.send(ticket, tag(step), (step, sends[index]));
                     sends[index] += 1;
                 }
                 prop_assert!(channel.untaken().count() <= MAX_OUTSTANDING_SENDS);

@@ -11,12 +11,13 @@ use std::{
 
 use super::{
     channel::Ticket,
-    group::{Attempt, Group},
+    group::{Attempt, Entry, Group},
 };
 use crate::{
     attempt::{Subject, gather_tag, panicked},
     buffer::Buffer,
     error::{CommError, CommErrorKind},
+    recorder::{Call, FlightRecord},
     transport::{Expected, GroupId, Rank, RecvRequest, SendRequest, Tag, Traffic, Transport},
 };
 
@@ -36,7 +37,7 @@ pub(super) struct Membership<B: Buffer> {
 impl<B: Buffer> Drop for Membership<B> {
     fn drop(&mut self) {
         if thread::panicking() {
-            self.group.poison(panicked(self.rank));
+            self.group.poison(self.rank, panicked(self.rank));
         } else {
             self.group.depart(self.rank);
         }
@@ -69,9 +70,16 @@ impl<B: Buffer> LoopbackEndpoint<B> {
             tag: Some(tag),
         };
         if peer == self.rank() || peer >= self.world_size() {
-            return Err(subject.error(CommErrorKind::InvalidPeer(peer)));
+            let error = subject.error(CommErrorKind::InvalidPeer(peer));
+            return Err(error.with_history(self.flight_record()));
         }
         Ok(subject)
+    }
+
+    /// Lets the deadline of every wait in the group pass, as a model checker cannot.
+    #[cfg(any(loom, shuttle))]
+    pub fn pass_deadline(&self) {
+        self.group().pass_deadline();
     }
 
     fn request(&self, subject: Subject, peer: Rank, ticket: Ticket) -> Request<B> {
@@ -101,12 +109,14 @@ impl<B: Buffer> Transport<B> for LoopbackEndpoint<B> {
     fn isend(&self, peer: Rank, tag: Tag, buffer: B) -> Result<SendRequest<B>, CommError> {
         let rank = self.rank();
         let subject = self.subject(peer, tag)?;
+        let entry = Entry::New(Call::Send, buffer.byte_len());
         let mut buffer = Some(buffer);
-        let ticket = self.group().complete(subject, |state| {
-            match buffer.take_if(|_| state.can_send(rank, peer)) {
-                Some(buffer) => Attempt::Done(state.send(rank, peer, tag, buffer)),
-                None => Attempt::Blocked(peer),
-            }
+        let ticket = self.group().complete(subject, entry, |state, ticket| {
+            let Some(buffer) = buffer.take_if(|_| state.can_send(rank, peer)) else {
+                return Attempt::Blocked(peer);
+            };
+            state.send(rank, ticket, peer, tag, buffer);
+            Attempt::Done(ticket)
         })?;
         let request = self.request(subject, peer, ticket);
         Ok(SendRequest::loopback(LoopbackSend(request)))
@@ -125,8 +135,11 @@ impl<B: Buffer> Transport<B> for LoopbackEndpoint<B> {
     ) -> Result<RecvRequest<B>, CommError> {
         let rank = self.rank();
         let subject = self.subject(peer, tag)?;
-        let ticket = self.group().complete(subject, |state| {
-            Attempt::Done(state.post(rank, peer, tag, memory.take()))
+        let bytes = expected.len.saturating_mul(expected.dtype.size());
+        let entry = Entry::New(Call::Receive, bytes);
+        let ticket = self.group().complete(subject, entry, |state, ticket| {
+            state.post(rank, ticket, peer, tag, memory.take());
+            Attempt::Done(ticket)
         })?;
         let request = self.request(subject, peer, ticket);
         Ok(RecvRequest::loopback(LoopbackRecv { request, expected }))
@@ -145,14 +158,19 @@ impl<B: Buffer> Transport<B> for LoopbackEndpoint<B> {
             peer: None,
             tag: Some(gather_tag(group, operation)),
         };
+        let entry = Entry::New(Call::AllGather, bytes.len());
         let mut part = Some(bytes);
-        self.group().complete(subject, |state| {
-            state.all_gather(rank, (group, operation), members, &mut part)
+        self.group().complete(subject, entry, |state, ticket| {
+            let outcome = state.all_gather(rank, (group, operation), members, &mut part);
+            if let Attempt::Done(_) = outcome {
+                state.ended(rank, ticket);
+            }
+            outcome
         })
     }
 
     fn poison(&self, cause: CommError) {
-        self.group().poison(cause);
+        self.group().poison(self.rank(), cause);
     }
 
     fn poisoned(&self) -> Option<CommError> {
@@ -161,6 +179,10 @@ impl<B: Buffer> Transport<B> for LoopbackEndpoint<B> {
 
     fn traffic(&self) -> Traffic {
         self.group().traffic(self.rank())
+    }
+
+    fn flight_record(&self) -> FlightRecord {
+        self.group().flight_record(self.rank())
     }
 }
 
@@ -180,12 +202,14 @@ impl<B: Buffer> Drop for Request<B> {
             return;
         }
         let culprit = self.subject.rank;
-        self.group.poison(if thread::panicking() {
+        self.group.abandon(culprit, self.ticket);
+        let cause = if thread::panicking() {
             panicked(culprit)
         } else {
             self.subject
                 .error(CommErrorKind::RequestDropped { culprit })
-        });
+        };
+        self.group.poison(culprit, cause);
     }
 }
 
@@ -201,10 +225,10 @@ impl<B: Buffer> LoopbackSend<B> {
             ticket,
             ..
         } = self.0;
-        let taken = self
-            .0
-            .group
-            .complete(subject, |state| state.finish(subject.rank, peer, ticket))?;
+        let entry = Entry::Request(ticket);
+        let taken = self.0.group.complete(subject, entry, |state, _| {
+            state.finish(subject.rank, peer, ticket)
+        })?;
         self.0.is_finished = true;
         Ok(taken)
     }
@@ -225,7 +249,8 @@ impl<B: Buffer> LoopbackRecv<B> {
             ticket,
             ..
         } = self.request;
-        let arrived = self.request.group.complete(subject, |state| {
+        let entry = Entry::Request(ticket);
+        let arrived = self.request.group.complete(subject, entry, |state, _| {
             state.collect(subject.rank, peer, ticket, self.expected)
         })?;
         self.request.is_finished = true;

@@ -14,14 +14,24 @@ use std::{
 
 use super::{
     channel::{Channel, Ticket},
-    sync::{Condvar, Mutex, MutexGuard},
+    sync::{Clock, Condvar, Expiry, Mutex, MutexGuard},
 };
 use crate::{
     attempt::{Subject, gather_tag},
     buffer::Buffer,
     error::{CommError, CommErrorKind},
+    recorder::{self, Call, FlightRecord, FlightRecorder, Progress},
     transport::{Expected, GroupId, Rank, Tag, Traffic},
 };
+
+/// How a call begins.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Entry {
+    /// With something new, of so many bytes.
+    New(Call, usize),
+    /// With a request made before.
+    Request(Ticket),
+}
 
 /// The outcome of trying a call once.
 pub(super) enum Attempt<T> {
@@ -48,7 +58,9 @@ pub(super) struct State<B> {
     rounds: BTreeMap<(GroupId, u64), Round>,
     departed: Vec<bool>,
     traffic: Vec<Traffic>,
+    recorders: Vec<FlightRecorder>,
     cause: Option<CommError>,
+    clock: Clock,
 }
 
 pub(super) struct Group<B> {
@@ -89,47 +101,71 @@ impl<B: Buffer> Group<B> {
     /// Repeats `attempt` until it is done; a failure poisons the group.
     pub(super) fn complete<T>(
         &self,
-        subject: Subject,
-        mut attempt: impl FnMut(&mut State<B>) -> Attempt<T>,
+        mut subject: Subject,
+        entry: Entry,
+        mut attempt: impl FnMut(&mut State<B>, Ticket) -> Attempt<T>,
     ) -> Result<T, CommError> {
-        // A deadline too far away for the clock is none.
-        let expiry = Instant::now().checked_add(self.deadline);
+        let expiry = Expiry::after(self.deadline);
         let mut state = self.lock();
-        state.check(subject)?;
-        loop {
-            match attempt(&mut state) {
+        let ticket = state.enter(subject, entry);
+        if state.cause.is_some() {
+            return Err(self.fail(state, subject, ticket, None));
+        }
+        let failure = loop {
+            match attempt(&mut state, ticket) {
                 Attempt::Done(value) => {
                     self.changed.notify_all();
                     return Ok(value);
                 }
-                Attempt::Failed(kind) => return Err(self.fail(&mut state, subject, kind)),
+                Attempt::Failed(kind) => break Some(kind),
                 Attempt::Blocked(peer) => {
-                    let subject = Subject {
-                        peer: Some(peer),
-                        ..subject
-                    };
-                    state.check(subject)?;
-                    if let Some(kind) = self.no_use_waiting(&state, subject.rank, peer, expiry) {
-                        return Err(self.fail(&mut state, subject, kind));
+                    subject.peer = Some(peer);
+                    if state.cause.is_some() {
+                        break None;
                     }
-                    state = self.wait_for_change(state, expiry);
+                    let useless = self.no_use_waiting(&state, subject.rank, peer, expiry);
+                    if useless.is_some() {
+                        break useless;
+                    }
+                    state = expiry.wait(&self.changed, state);
                 }
             }
-        }
+        };
+        Err(self.fail(state, subject, ticket, failure))
     }
 
-    /// Records `cause` as the group's failure unless there was one before, and wakes everybody.
-    pub(super) fn poison(&self, cause: CommError) {
-        self.lock().cause.get_or_insert(cause);
-        self.changed.notify_all();
+    /// Records `cause` as the group's failure, found by `rank`, unless there was one before, and wakes everybody.
+    pub(super) fn poison(&self, rank: Rank, cause: CommError) {
+        let mut state = self.lock();
+        if state.cause.is_some() {
+            return;
+        }
+        let recorder = &mut state.recorders[rank];
+        let number = recorder.begin(Call::Poison, cause.peer, cause.tag, 0);
+        recorder.advance(number, Progress::Ended);
+        let record = recorder.snapshot();
+        state.cause = Some(cause.with_history(record));
+        self.announce(state);
     }
 
     pub(super) fn poisoned(&self) -> Option<CommError> {
         self.lock().cause.clone()
     }
 
+    /// Records that a request was dropped.
+    pub(super) fn abandon(&self, rank: Rank, request: Ticket) {
+        self.lock().recorders[rank].advance(request, Progress::Dropped);
+    }
+
     pub(super) fn depart(&self, rank: Rank) {
-        self.lock().departed[rank] = true;
+        let mut state = self.lock();
+        if !state.departed[rank] {
+            state.departed[rank] = true;
+            let recorder = &mut state.recorders[rank];
+            let number = recorder.begin(Call::Depart, None, None, 0);
+            recorder.advance(number, Progress::Ended);
+        }
+        drop(state);
         self.changed.notify_all();
     }
 
@@ -137,10 +173,56 @@ impl<B: Buffer> Group<B> {
         self.lock().traffic[rank]
     }
 
-    fn fail(&self, state: &mut State<B>, subject: Subject, kind: CommErrorKind) -> CommError {
-        let cause = state.cause.get_or_insert_with(|| subject.error(kind));
+    pub(super) fn flight_record(&self, rank: Rank) -> FlightRecord {
+        self.lock().recorders[rank].snapshot()
+    }
+
+    /// Lets every wait's deadline pass.
+    #[cfg(any(loom, shuttle))]
+    pub(super) fn pass_deadline(&self) {
+        self.lock().clock.deadline_has_passed = true;
         self.changed.notify_all();
-        subject.poisoned_by(cause)
+    }
+
+    /// Ends a call with `failure`, or else with that of the group.
+    fn fail(
+        &self,
+        mut state: MutexGuard<'_, State<B>>,
+        subject: Subject,
+        ticket: Ticket,
+        failure: Option<CommErrorKind>,
+    ) -> CommError {
+        let recorder = &mut state.recorders[subject.rank];
+        recorder.advance(ticket, Progress::Failed);
+        let record = recorder.snapshot();
+        if let Some(cause) = &state.cause {
+            return subject.poisoned_by(cause).with_history(record);
+        }
+        let kind = failure.expect("a call fails by itself if the group has not");
+        let cause = subject.error(kind).with_history(record);
+        state.cause = Some(cause.clone());
+        self.announce(state);
+        cause
+    }
+
+    /// Wakes everybody because the group has failed, and writes down what led to it if that is asked for.
+    fn announce(&self, state: MutexGuard<'_, State<B>>) {
+        drop(state);
+        self.changed.notify_all();
+        if recorder::path_asked_for().is_none() {
+            return;
+        }
+        let state = self.lock();
+        let records: Vec<_> = state
+            .recorders
+            .iter()
+            .map(FlightRecorder::snapshot)
+            .collect();
+        let cause = state.cause.clone();
+        drop(state);
+        if let Some(cause) = cause {
+            records.iter().for_each(|record| record.report(&cause));
+        }
     }
 
     fn no_use_waiting(
@@ -148,37 +230,22 @@ impl<B: Buffer> Group<B> {
         state: &State<B>,
         rank: Rank,
         peer: Rank,
-        expiry: Option<Instant>,
+        expiry: Expiry,
     ) -> Option<CommErrorKind> {
         if state.departed[peer] {
             return Some(CommErrorKind::Departed);
         }
-        let expired = expiry.is_some_and(|expiry| Instant::now() >= expiry);
-        expired.then(|| CommErrorKind::Deadline {
-            deadline: self.deadline,
-            pending: state.untaken(peer, rank),
-        })
+        expiry
+            .has_passed(&state.clock)
+            .then(|| CommErrorKind::Deadline {
+                deadline: self.deadline,
+                pending: state.untaken(peer, rank),
+            })
     }
 
     /// The state is sound after a panic too, because no change to it is left half done; so lock poisoning is ignored.
     fn lock(&self) -> MutexGuard<'_, State<B>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wait_for_change<'a>(
-        &self,
-        state: MutexGuard<'a, State<B>>,
-        expiry: Option<Instant>,
-    ) -> MutexGuard<'a, State<B>> {
-        let Some(expiry) = expiry else {
-            return self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
-        };
-        let remaining = expiry.saturating_duration_since(Instant::now());
-        let woken = self.changed.wait_timeout(state, remaining);
-        woken.unwrap_or_else(PoisonError::into_inner).0
     }
 }
 
@@ -192,7 +259,30 @@ impl<B: Buffer> State<B> {
             rounds: BTreeMap::new(),
             departed: vec![false; world_size],
             traffic: vec![Traffic::default(); world_size],
+            recorders: (0..world_size).map(FlightRecorder::new).collect(),
             cause: None,
+            clock: Clock::default(),
+        }
+    }
+
+    /// The number under which the call is recorded.
+    fn enter(&mut self, subject: Subject, entry: Entry) -> Ticket {
+        match entry {
+            Entry::Request(ticket) => ticket,
+            Entry::New(call, bytes) => {
+                let recorder = &mut self.recorders[subject.rank];
+                recorder.begin(call, subject.peer, subject.tag, bytes)
+            }
+        }
+    }
+
+    /// Records of a request just posted whether it has met `match_of_peer`, a request of the peer.
+    fn posted(&mut self, rank: Rank, ticket: Ticket, peer: Rank, match_of_peer: Option<Ticket>) {
+        let own = &mut self.recorders[rank];
+        own.advance(ticket, Progress::Posted);
+        if let Some(theirs) = match_of_peer {
+            own.advance(ticket, Progress::Matched);
+            self.recorders[peer].advance(theirs, Progress::Matched);
         }
     }
 
@@ -200,11 +290,12 @@ impl<B: Buffer> State<B> {
         !self.departed[peer] && self.channel(rank, peer).has_room()
     }
 
-    pub(super) fn send(&mut self, rank: Rank, peer: Rank, tag: Tag, buffer: B) -> Ticket {
+    pub(super) fn send(&mut self, rank: Rank, ticket: Ticket, peer: Rank, tag: Tag, buffer: B) {
         let traffic = &mut self.traffic[rank];
         traffic.messages_sent += 1;
         traffic.bytes_sent += buffer.byte_len() as u64;
-        self.channel_mut(rank, peer).send(tag, buffer)
+        let receive = self.channel_mut(rank, peer).send(ticket, tag, buffer);
+        self.posted(rank, ticket, peer, receive);
     }
 
     /// What a send yields when it is taken, and since when it is.
@@ -214,14 +305,23 @@ impl<B: Buffer> State<B> {
         peer: Rank,
         send: Ticket,
     ) -> Attempt<(Option<B>, Instant)> {
-        match self.channel_mut(rank, peer).finish(send) {
-            Some(taken) => Attempt::Done(taken),
-            None => Attempt::Blocked(peer),
-        }
+        let Some(taken) = self.channel_mut(rank, peer).finish(send) else {
+            return Attempt::Blocked(peer);
+        };
+        self.ended(rank, send);
+        Attempt::Done(taken)
     }
 
-    pub(super) fn post(&mut self, rank: Rank, peer: Rank, tag: Tag, memory: Option<B>) -> Ticket {
-        self.channel_mut(peer, rank).post(tag, memory)
+    pub(super) fn post(
+        &mut self,
+        rank: Rank,
+        ticket: Ticket,
+        peer: Rank,
+        tag: Tag,
+        memory: Option<B>,
+    ) {
+        let send = self.channel_mut(peer, rank).post(ticket, tag, memory);
+        self.posted(rank, ticket, peer, send);
     }
 
     pub(super) fn collect(
@@ -245,7 +345,13 @@ impl<B: Buffer> State<B> {
         let traffic = &mut self.traffic[rank];
         traffic.messages_received += 1;
         traffic.bytes_received += buffer.byte_len() as u64;
+        self.ended(rank, receive);
         Attempt::Done((buffer, arrived))
+    }
+
+    /// Records that a call is over, with success.
+    pub(super) fn ended(&mut self, rank: Rank, ticket: Ticket) {
+        self.recorders[rank].advance(ticket, Progress::Ended);
     }
 
     /// Puts the rank's part into the round, once, and yields all parts when they are there.
@@ -279,13 +385,6 @@ impl<B: Buffer> State<B> {
             self.rounds.remove(&key);
         }
         Attempt::Done(parts)
-    }
-
-    fn check(&self, subject: Subject) -> Result<(), CommError> {
-        match &self.cause {
-            Some(cause) => Err(subject.poisoned_by(cause)),
-            None => Ok(()),
-        }
     }
 
     /// What `peer` offers to `rank` and `rank` has not taken: messages, and all-gathers it has not joined.

@@ -8,13 +8,14 @@ use std::{sync::Arc, thread, time::Duration};
 
 use super::{
     engine::Engine,
-    session::Session,
+    session::{Entry, Session},
     state::{Attempt, Ticket},
 };
 use crate::{
     attempt::{Subject, gather_tag, panicked},
-    buffer::HostBuffer,
+    buffer::{Buffer, HostBuffer},
     error::{CommError, CommErrorKind},
+    recorder::{Call, FlightRecord, RecordNumber},
     transport::{
         Expected, GroupId, PendingRecv, PendingSend, Rank, RecvRequest, SendRequest, Tag, Traffic,
         Transport,
@@ -85,13 +86,21 @@ impl RemoteEndpoint {
             tag: Some(tag),
         };
         if peer == self.rank() || peer >= self.world_size() {
-            return Err(subject.error(CommErrorKind::InvalidPeer(peer)));
+            let error = subject.error(CommErrorKind::InvalidPeer(peer));
+            return Err(error.with_history(self.flight_record()));
         }
         Ok(subject)
     }
 
-    fn request(&self, subject: Subject, peer: Rank, ticket: Ticket) -> Request {
+    fn request(
+        &self,
+        subject: Subject,
+        peer: Rank,
+        ticket: Ticket,
+        record: Option<RecordNumber>,
+    ) -> Request {
         Request {
+            record,
             handle: Arc::clone(self.handle()),
             subject,
             peer,
@@ -121,13 +130,15 @@ impl Transport<HostBuffer> for RemoteEndpoint {
         buffer: HostBuffer,
     ) -> Result<SendRequest<HostBuffer>, CommError> {
         let subject = self.subject(peer, tag)?;
+        let entry = Entry::New(Call::Send, buffer.byte_len());
         let mut buffer = Some(buffer);
-        let ticket = self
-            .session()
-            .complete(subject, |state| state.send(peer, tag, &mut buffer))?;
-        Ok(SendRequest::new(RemoteSend(
-            self.request(subject, peer, ticket),
-        )))
+        let mut record = None;
+        let ticket = self.session().complete(subject, entry, |state| {
+            record = state.current();
+            state.send(peer, tag, &mut buffer)
+        })?;
+        let request = self.request(subject, peer, ticket, record);
+        Ok(SendRequest::new(RemoteSend(request)))
     }
 
     fn irecv(
@@ -147,12 +158,17 @@ impl Transport<HostBuffer> for RemoteEndpoint {
         mut memory: Option<HostBuffer>,
     ) -> Result<RecvRequest<HostBuffer>, CommError> {
         let subject = self.subject(peer, tag)?;
-        let ticket = self.session().complete(subject, |state| {
+        let entry = Entry::New(
+            Call::Receive,
+            expected.len.saturating_mul(expected.dtype.size()),
+        );
+        let mut record = None;
+        let ticket = self.session().complete(subject, entry, |state| {
+            record = state.current();
             Attempt::Done(state.post(peer, tag, expected, memory.take()))
         })?;
-        Ok(RecvRequest::new(RemoteReceive(
-            self.request(subject, peer, ticket),
-        )))
+        let request = self.request(subject, peer, ticket, record);
+        Ok(RecvRequest::new(RemoteReceive(request)))
     }
 
     fn all_gather_bytes_among(
@@ -167,8 +183,9 @@ impl Transport<HostBuffer> for RemoteEndpoint {
             peer: None,
             tag: Some(gather_tag(group, operation)),
         };
+        let entry = Entry::New(Call::AllGather, bytes.len());
         let mut part = Some(bytes);
-        self.session().complete_informed(subject, |state| {
+        self.session().complete_informed(subject, entry, |state| {
             state.all_gather((group, operation), members, &mut part)
         })
     }
@@ -184,6 +201,10 @@ impl Transport<HostBuffer> for RemoteEndpoint {
     fn traffic(&self) -> Traffic {
         self.session().traffic()
     }
+
+    fn flight_record(&self) -> FlightRecord {
+        self.session().flight_record()
+    }
 }
 
 /// What a send and a receive in progress have in common: dropping it unfinished poisons the group.
@@ -193,6 +214,7 @@ struct Request {
     subject: Subject,
     peer: Rank,
     ticket: Ticket,
+    record: Option<RecordNumber>,
     is_finished: bool,
 }
 
@@ -201,6 +223,7 @@ impl Drop for Request {
         if self.is_finished {
             return;
         }
+        self.handle.session.drop_request(self.record);
         let culprit = self.subject.rank;
         self.handle.session.poison(if thread::panicking() {
             panicked(culprit)
@@ -218,8 +241,10 @@ impl PendingSend<HostBuffer> for RemoteSend {
     fn wait(mut self: Box<Self>) -> Result<Option<HostBuffer>, CommError> {
         let request = &mut self.0;
         let (peer, ticket) = (request.peer, request.ticket);
+        let entry = Entry::Request(request.record);
         let session = &request.handle.session;
-        let (memory, _) = session.complete(request.subject, |state| state.finish(peer, ticket))?;
+        let (memory, _) =
+            session.complete(request.subject, entry, |state| state.finish(peer, ticket))?;
         request.is_finished = true;
         Ok(memory)
     }
@@ -232,8 +257,10 @@ impl PendingRecv<HostBuffer> for RemoteReceive {
     fn wait(mut self: Box<Self>) -> Result<HostBuffer, CommError> {
         let request = &mut self.0;
         let (peer, ticket) = (request.peer, request.ticket);
+        let entry = Entry::Request(request.record);
         let session = &request.handle.session;
-        let (buffer, _) = session.complete(request.subject, |state| state.collect(peer, ticket))?;
+        let (buffer, _) =
+            session.complete(request.subject, entry, |state| state.collect(peer, ticket))?;
         request.is_finished = true;
         Ok(buffer)
     }

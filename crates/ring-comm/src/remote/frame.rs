@@ -132,23 +132,15 @@ mod tests {
 
     fn poison() -> Frame {
         let tag = Tag::new(u64::MAX, 1, Payload::Custom(7));
-        let deadline = CommError {
-            rank: 1,
-            peer: Some(2),
-            tag: Some(tag),
-            kind: CommErrorKind::Deadline {
-                deadline: Duration::MAX,
-                pending: vec![tag, tag],
-            },
+        let kind = CommErrorKind::Deadline {
+            deadline: Duration::MAX,
+            pending: vec![tag, tag],
         };
+        let deadline = CommError::new(1, Some(2), Some(tag), kind);
+        let kind = CommErrorKind::Poisoned(Box::new(deadline));
         Frame::Poison(Failure {
             origin: 1,
-            cause: CommError {
-                rank: 0,
-                peer: None,
-                tag: None,
-                kind: CommErrorKind::Poisoned(Box::new(deadline)),
-            },
+            cause: CommError::new(0, None, None, kind),
             completed: vec![Completed {
                 group: GroupId::WHOLE,
                 operation: 5,

@@ -13,8 +13,20 @@ use super::state::{Attempt, State, VERDICT_WITHIN};
 use crate::{
     attempt::Subject,
     error::{CommError, CommErrorKind},
+    recorder::{self, Call, FlightRecord, Progress, RecordNumber},
     transport::{Rank, Traffic},
 };
+
+/// How a call is remembered.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Entry {
+    /// As something new, of so many bytes.
+    New(Call, usize),
+    /// As what a call before began.
+    Request(Option<RecordNumber>),
+    /// Not at all.
+    None,
+}
 
 /// A rank's part in one group.
 pub(super) struct Session {
@@ -38,6 +50,8 @@ pub(super) struct Inner {
     awaited_rounds: u64,
     /// Endpoint and requests are gone.
     pub(super) is_closed: bool,
+    /// The failure of the group has been written down, if that is asked for.
+    is_reported: bool,
 }
 
 impl fmt::Debug for Session {
@@ -63,6 +77,7 @@ impl Session {
                 rounds: 0,
                 awaited_rounds: 0,
                 is_closed: false,
+                is_reported: false,
             }),
             changed: Condvar::new(),
             work: Condvar::new(),
@@ -89,16 +104,22 @@ impl Session {
         self.lock().state.cause().cloned()
     }
 
+    pub(super) fn flight_record(&self) -> FlightRecord {
+        self.lock().state.recorder().snapshot()
+    }
+
     /// Repeats `attempt` until it is done; a failure poisons the group.
     pub(super) fn complete<T>(
         &self,
         subject: Subject,
+        entry: Entry,
         attempt: impl FnMut(&mut State) -> Attempt<T>,
     ) -> Result<T, CommError> {
-        self.complete_within(self.deadline, subject, attempt)
+        let expiry = Expiry::after(self.deadline);
+        self.complete_until(expiry, self.lock(), subject, entry, attempt)
     }
 
-    /// As [`complete`](Self::complete), with another deadline.
+    /// As [`complete`](Self::complete), with another deadline and without an entry in the record.
     pub(super) fn complete_within<T>(
         &self,
         deadline: Duration,
@@ -106,13 +127,14 @@ impl Session {
         attempt: impl FnMut(&mut State) -> Attempt<T>,
     ) -> Result<T, CommError> {
         let expiry = Expiry::after(deadline);
-        self.complete_until(expiry, self.lock(), subject, attempt)
+        self.complete_until(expiry, self.lock(), subject, Entry::None, attempt)
     }
 
     /// As [`complete`](Self::complete), but first looks at the wire for what peers have said before.
     pub(super) fn complete_informed<T>(
         &self,
         subject: Subject,
+        entry: Entry,
         attempt: impl FnMut(&mut State) -> Attempt<T>,
     ) -> Result<T, CommError> {
         let expiry = Expiry::after(self.deadline);
@@ -121,7 +143,7 @@ impl Session {
             1 => inner,
             _ => self.await_rounds(inner, expiry),
         };
-        self.complete_until(expiry, inner, subject, attempt)
+        self.complete_until(expiry, inner, subject, entry, attempt)
     }
 
     fn complete_until<T>(
@@ -129,11 +151,15 @@ impl Session {
         expiry: Expiry,
         mut inner: MutexGuard<'_, Inner>,
         subject: Subject,
+        entry: Entry,
         mut attempt: impl FnMut(&mut State) -> Attempt<T>,
     ) -> Result<T, CommError> {
-        inner.check(subject)?;
+        let record = inner.record(subject, entry);
+        inner.check(subject, record)?;
         loop {
+            inner.state.set_current(record);
             let attempted = attempt(&mut inner.state);
+            inner.state.set_current(None);
             if inner.state.has_outputs() {
                 self.work.notify_one();
             }
@@ -142,7 +168,7 @@ impl Session {
                     self.changed.notify_all();
                     return Ok(value);
                 }
-                Attempt::Failed(kind) => return Err(self.fail(inner, subject, kind)),
+                Attempt::Failed(kind) => return Err(self.fail(inner, subject, record, kind)),
                 Attempt::Blocked(peer) => (peer, true),
                 Attempt::Underway(peer) => (peer, false),
             };
@@ -150,16 +176,16 @@ impl Session {
                 peer: Some(peer),
                 ..subject
             };
-            inner.check(subject)?;
+            inner.check(subject, record)?;
             if can_depart && inner.state.has_departed(peer) {
-                return Err(self.fail(inner, subject, CommErrorKind::Departed));
+                return Err(self.fail(inner, subject, record, CommErrorKind::Departed));
             }
             if expiry.has_passed() {
                 let kind = CommErrorKind::Deadline {
                     deadline: expiry.deadline,
                     pending: inner.state.untaken(peer),
                 };
-                return Err(self.fail(inner, subject, kind));
+                return Err(self.fail(inner, subject, record, kind));
             }
             inner = self.wait_for_change(inner, expiry);
         }
@@ -184,14 +210,26 @@ impl Session {
 
     fn fail(
         &self,
-        inner: MutexGuard<'_, Inner>,
+        mut inner: MutexGuard<'_, Inner>,
         subject: Subject,
+        record: Option<RecordNumber>,
         kind: CommErrorKind,
     ) -> CommError {
-        let own = subject.error(kind);
+        let history = inner.failed(record);
+        let own = subject.error(kind).with_history(history.clone());
         match self.settle(inner, own.clone()).state.cause() {
-            Some(cause) => subject.poisoned_by(cause),
+            Some(cause) => subject.poisoned_by(cause).with_history(history),
             None => own,
+        }
+    }
+
+    /// A request is dropped before it was finished.
+    pub(super) fn drop_request(&self, record: Option<RecordNumber>) {
+        if let Some(number) = record {
+            self.lock()
+                .state
+                .recorder()
+                .advance(number, Progress::Dropped);
         }
     }
 
@@ -268,6 +306,7 @@ impl Session {
     /// A round of the engine is over.
     pub(super) fn end_round<'a>(&'a self) -> MutexGuard<'a, Inner> {
         let mut inner = self.lock();
+        inner.report();
         inner.rounds += 1;
         if inner.rounds <= inner.awaited_rounds {
             self.changed.notify_all();
@@ -288,10 +327,42 @@ impl Inner {
         self.state.has_outputs() || self.rounds < self.awaited_rounds
     }
 
-    fn check(&self, subject: Subject) -> Result<(), CommError> {
-        match self.state.cause() {
-            Some(cause) => Err(subject.poisoned_by(cause)),
+    fn check(&mut self, subject: Subject, record: Option<RecordNumber>) -> Result<(), CommError> {
+        match self.state.cause().map(|cause| subject.poisoned_by(cause)) {
+            Some(error) => Err(error.with_history(self.failed(record))),
             None => Ok(()),
+        }
+    }
+
+    /// The number under which a call is recorded.
+    fn record(&mut self, subject: Subject, entry: Entry) -> Option<RecordNumber> {
+        match entry {
+            Entry::New(call, bytes) => {
+                let recorder = self.state.recorder();
+                Some(recorder.begin(call, subject.peer, subject.tag, bytes))
+            }
+            Entry::Request(record) => record,
+            Entry::None => None,
+        }
+    }
+
+    /// What the rank remembers when a call has failed.
+    fn failed(&mut self, record: Option<RecordNumber>) -> FlightRecord {
+        let recorder = self.state.recorder();
+        if let Some(number) = record {
+            recorder.advance(number, Progress::Failed);
+        }
+        recorder.snapshot()
+    }
+
+    /// Writes down what the rank remembers when its group has failed, once, if the environment asks for it.
+    fn report(&mut self) {
+        if self.is_reported || recorder::path_asked_for().is_none() {
+            return;
+        }
+        if let Some(cause) = self.state.cause().cloned() {
+            self.is_reported = true;
+            self.state.recorder().snapshot().report(&cause);
         }
     }
 }

@@ -23,6 +23,7 @@ use crate::{
     attempt::gather_tag,
     buffer::{DType, HostBuffer},
     error::{CommError, CommErrorKind},
+    recorder::{self, Call, FlightRecorder, RecordNumber},
     transport::{Expected, GroupId, Rank, Tag, Traffic},
 };
 
@@ -86,6 +87,7 @@ struct Peer {
 #[derive(Debug)]
 struct Send {
     sequence: u64,
+    record: Option<RecordNumber>,
     taken: Option<Instant>,
     /// The memory, when the data has left.
     buffer: Option<HostBuffer>,
@@ -102,6 +104,7 @@ struct Offer {
 #[derive(Debug)]
 struct Receive {
     ticket: Ticket,
+    record: Option<RecordNumber>,
     tag: Tag,
     expected: Expected,
     progress: Progress,
@@ -160,6 +163,9 @@ pub(super) struct State {
     outputs: Vec<Output>,
     next_ticket: Ticket,
     next_sequence: u64,
+    recorder: FlightRecorder,
+    /// The operation of the call that is being tried.
+    current: Option<RecordNumber>,
 }
 
 impl State {
@@ -181,6 +187,8 @@ impl State {
             outputs: Vec::new(),
             next_ticket: 0,
             next_sequence: first_sequence,
+            recorder: FlightRecorder::new(rank),
+            current: None,
         };
         state.peers[rank].presence = Presence::Present;
         state.tell_all(&Frame::Hello {
@@ -212,6 +220,25 @@ impl State {
 
     pub(super) fn has_departed(&self, peer: Rank) -> bool {
         self.peers[peer].presence == Presence::Departed
+    }
+
+    pub(super) fn recorder(&mut self) -> &mut FlightRecorder {
+        &mut self.recorder
+    }
+
+    /// The operation of the call that is being tried.
+    pub(super) fn current(&self) -> Option<RecordNumber> {
+        self.current
+    }
+
+    pub(super) fn set_current(&mut self, record: Option<RecordNumber>) {
+        self.current = record;
+    }
+
+    fn advance(&mut self, record: Option<RecordNumber>, progress: recorder::Progress) {
+        if let Some(number) = record {
+            self.recorder.advance(number, progress);
+        }
     }
 
     /// What is to be done on the wire, in order.
@@ -254,6 +281,8 @@ impl State {
 
     /// This rank wants nothing more; its requests may still be waited for.
     pub(super) fn depart(&mut self) {
+        let number = self.recorder.begin(Call::Depart, None, None, 0);
+        self.recorder.advance(number, recorder::Progress::Ended);
         self.tell_all(&Frame::Depart);
     }
 
@@ -292,6 +321,8 @@ impl State {
             Frame::Taken { sequence } => {
                 if let Some(send) = self.peers[peer].send_mut(sequence) {
                     send.taken = Some(now);
+                    let record = send.record;
+                    self.advance(record, recorder::Progress::Matched);
                 }
             }
             Frame::Gather {

@@ -91,6 +91,7 @@ fn fresh<T: Element>(threads: &Threads, len: usize) -> Result<Vec<T>, KernelErro
         bytemuck::allocation::try_zeroed_vec::<T>(len).map_err(|()| KernelError::Allocation {
             bytes: len.saturating_mul(size_of::<T>()),
         })?;
+    ask_for_large_pages(&mut values);
     for_each_chunk(threads, &mut values, |chunk| {
         for page in chunk.chunks_mut(PAGE) {
             // A page that is read before it is written to costs twice.
@@ -99,6 +100,27 @@ fn fresh<T: Element>(threads: &Threads, len: usize) -> Result<Vec<T>, KernelErro
     })?;
     Ok(values)
 }
+
+/// Asks the system for large pages, where it gives them for the asking: a hundred times fewer of them need to be handed out, and
+/// rows far apart are found faster.
+#[cfg(target_os = "linux")]
+fn ask_for_large_pages<T: Element>(values: &mut [T]) {
+    /// A large page; the same on all processors this crate knows.
+    const LARGE: usize = 2 << 20;
+    let range = values.as_mut_ptr_range();
+    let start = (range.start as usize).next_multiple_of(LARGE);
+    let end = range.end as usize / LARGE * LARGE;
+    if start < end {
+        // SAFETY: the range lies within `values`. The advice changes how it is backed, never what is in it; if it is refused,
+        // nothing happens, so the result does not matter.
+        unsafe {
+            libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE);
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn ask_for_large_pages<T: Element>(_values: &mut [T]) {}
 
 /// Sets all `values` to `value`.
 pub(super) fn fill<T: Element>(

@@ -21,6 +21,10 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 4)]
     pub(crate) ranks: usize,
 
+    /// Groups of ranks that divide the sequences of each step among themselves; every group has `--ranks` ranks
+    #[arg(long, default_value_t = 1, value_name = "GROUPS")]
+    pub(crate) data_parallel: usize,
+
     /// Who owns which positions: contiguous, zigzag, striped, striped:CHUNK_SIZE
     #[arg(long, default_value = "zigzag")]
     pub(crate) sharding: Sharding,
@@ -120,6 +124,7 @@ Examples:
   train                                        the defaults: 4 ranks, about five minutes on two cores
   train --data book.txt --ranks 2 --steps 300  another text, fewer ranks
   train --resume 3 --ranks 8                   go on from the third checkpoint, on more ranks
+  train --ranks 2 --data-parallel 2 --batch 4  two groups of two ranks, each with two sequences of every step
   train --seq-length 16384 --segment-lengths 2048,8192,16384 --dilation-rates 1,4,8 --heads 8";
 
 impl Args {
@@ -127,6 +132,7 @@ impl Args {
     pub(crate) fn check(&self) -> Result<(), String> {
         for (name, value) in [
             ("--ranks", self.ranks),
+            ("--data-parallel", self.data_parallel),
             ("--seq-length", self.seq_length),
             ("--batch", self.batch),
             ("--steps", self.steps),
@@ -136,6 +142,12 @@ impl Args {
             if value == 0 {
                 return Err(format!("{name} must be at least 1"));
             }
+        }
+        if self.batch < self.data_parallel {
+            return Err(format!(
+                "--batch {} cannot be divided among --data-parallel {} groups: give every group a sequence",
+                self.batch, self.data_parallel
+            ));
         }
         Pattern::dilated(&self.segment_lengths, &self.dilation_rates)
             .map_err(|error| error.to_string())?;

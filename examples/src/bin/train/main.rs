@@ -64,7 +64,9 @@ fn prepare(args: &Args) -> Result<Prepared, String> {
         .materialize();
     let mut strategy = RingStrategy::new(args.ranks, args.sharding, device.clone())
         .map_err(|error| error.to_string())?
-        .with_deadline(Duration::from_secs(args.deadline));
+        .with_deadline(Duration::from_secs(args.deadline))
+        .with_data_parallel(args.data_parallel)
+        .map_err(|error| error.to_string())?;
     if let Some(threads) = args.threads {
         strategy = strategy.with_threads_per_rank(threads);
     }
@@ -129,10 +131,14 @@ fn run(args: &Args, prepared: Prepared) -> Result<(), String> {
         device,
     } = prepared;
     println!(
-        "{} parameters; {} training bytes, {} held out; {} ranks, {} sharding, sequence length {}, segments {:?}, rates {:?}",
+        "{} parameters; {} training bytes, {} held out; {}{} ranks, {} sharding, sequence length {}, segments {:?}, rates {:?}",
         model.num_params(),
         text.train_len(),
         text.held_out_len(),
+        match args.data_parallel {
+            1 => String::new(),
+            groups => format!("{groups} groups of "),
+        },
         args.ranks,
         args.sharding,
         args.seq_length,
@@ -171,7 +177,7 @@ fn run(args: &Args, prepared: Prepared) -> Result<(), String> {
     if let Some(peak) = peak_memory_mb() {
         println!(
             "peak memory of the process, {} ranks together: {peak:.0} MB",
-            args.ranks
+            args.ranks * args.data_parallel
         );
     }
     println!("loss curve: {}", picture.display());

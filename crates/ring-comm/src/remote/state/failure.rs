@@ -5,6 +5,7 @@ use std::time::Instant;
 use super::{Presence, Proposal, State, VERDICT_WITHIN};
 use crate::{
     error::{CommError, CommErrorKind},
+    recorder::{self, Call},
     remote::frame::{Failure, Frame},
     transport::Rank,
 };
@@ -18,7 +19,7 @@ impl State {
         }
         let failure = Failure {
             origin: self.rank,
-            cause,
+            cause: self.recorded(cause),
             completed: self.completed.iter().cloned().collect(),
             failed: self.joined_in_vain(),
         };
@@ -33,15 +34,23 @@ impl State {
     /// Fails without telling anybody: there is no wire any more.
     pub(in crate::remote) fn give_up(&mut self, reason: &str) {
         let culprit = self.rank;
-        self.cause.get_or_insert(CommError {
-            rank: culprit,
-            peer: None,
-            tag: None,
-            kind: CommErrorKind::Aborted {
-                culprit,
-                reason: reason.to_owned(),
-            },
-        });
+        let kind = CommErrorKind::Aborted {
+            culprit,
+            reason: reason.to_owned(),
+        };
+        if self.cause.is_none() {
+            self.cause = Some(self.recorded(CommError::new(culprit, None, None, kind)));
+        }
+    }
+
+    /// The cause with this rank's history, of which it is the last entry; as it is if a call failed that has told all.
+    fn recorded(&mut self, cause: CommError) -> CommError {
+        if cause.history().is_some() {
+            return cause;
+        }
+        let number = self.recorder.begin(Call::Poison, cause.peer, cause.tag, 0);
+        self.recorder.advance(number, recorder::Progress::Ended);
+        cause.with_history(self.recorder.snapshot())
     }
 
     /// Decides about this rank's failure itself if the answer takes too long.
@@ -60,15 +69,10 @@ impl State {
             return;
         }
         self.gone(peer, Presence::Lost);
-        let cause = CommError {
-            rank: self.rank,
-            peer: Some(peer),
-            tag: None,
-            kind: CommErrorKind::PeerLost {
-                reason: reason.to_owned(),
-            },
+        let kind = CommErrorKind::PeerLost {
+            reason: reason.to_owned(),
         };
-        self.poison(cause, now);
+        self.poison(CommError::new(self.rank, Some(peer), None, kind), now);
     }
 
     /// Passes this rank's failure, if it has one, to the rank that decides.

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use super::{Attempt, Gather, REMEMBERED_GATHERS, State};
 use crate::{
     error::CommErrorKind,
+    recorder,
     remote::frame::{Completed, Frame},
     transport::{GroupId, Rank},
 };
@@ -34,6 +35,7 @@ impl State {
         }
         let parts = self.take_parts(key, members);
         self.remember(key, members, &parts);
+        self.advance(self.current, recorder::Progress::Ended);
         Attempt::Done(parts)
     }
 

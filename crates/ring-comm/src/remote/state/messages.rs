@@ -6,6 +6,7 @@ use super::{Attempt, Offer, Output, Peer, Presence, Progress, Receive, Send, Sta
 use crate::{
     buffer::{Buffer, HostBuffer},
     error::CommErrorKind,
+    recorder,
     remote::frame::Frame,
     transport::{Expected, MAX_OUTSTANDING_SENDS, Rank, Tag},
 };
@@ -22,12 +23,14 @@ impl State {
         let Some(buffer) = buffer.take_if(|_| has_room) else {
             return Attempt::Blocked(peer);
         };
+        self.advance(self.current, recorder::Progress::Posted);
         self.traffic.messages_sent += 1;
         self.traffic.bytes_sent += buffer.byte_len() as u64;
         let sequence = self.next_sequence;
         self.next_sequence += 1;
         self.peers[peer].sends.push(Send {
             sequence,
+            record: self.current,
             taken: None,
             buffer: None,
         });
@@ -59,7 +62,11 @@ impl State {
         match (sends[index].taken, sends[index].buffer.is_some()) {
             (None, _) => Attempt::Blocked(peer),
             (Some(_), false) => Attempt::Underway(peer),
-            (Some(taken), true) => Attempt::Done((sends.swap_remove(index).buffer, taken)),
+            (Some(taken), true) => {
+                let send = sends.swap_remove(index);
+                self.advance(send.record, recorder::Progress::Ended);
+                Attempt::Done((send.buffer, taken))
+            }
         }
     }
 
@@ -70,12 +77,14 @@ impl State {
         expected: Expected,
         memory: Option<HostBuffer>,
     ) -> Ticket {
+        self.advance(self.current, recorder::Progress::Posted);
         self.next_ticket += 1;
         let ticket = self.next_ticket;
         let offers = &mut self.peers[peer].offers;
         let oldest = offers.iter().position(|offer| offer.tag == tag);
         let mut receive = Receive {
             ticket,
+            record: self.current,
             tag,
             expected,
             progress: Progress::Open { memory },
@@ -112,10 +121,13 @@ impl State {
             }
             Progress::Arrived { .. } => {}
         }
-        let arrived = receives.remove(index).map(|receive| receive.progress);
-        let Some(Progress::Arrived { buffer, since }) = arrived else {
+        let Some(receive) = receives.remove(index) else {
             return Attempt::Blocked(peer);
         };
+        let Progress::Arrived { buffer, since } = receive.progress else {
+            return Attempt::Blocked(peer);
+        };
+        self.advance(receive.record, recorder::Progress::Ended);
         self.traffic.messages_received += 1;
         self.traffic.bytes_received += buffer.byte_len() as u64;
         Attempt::Done((buffer, since))
@@ -138,6 +150,8 @@ impl State {
         let mut receives = self.peers[peer].receives.iter_mut();
         if let Some(receive) = receives.find(is_arriving) {
             receive.progress = Progress::Arrived { buffer, since };
+            let record = receive.record;
+            self.advance(record, recorder::Progress::Matched);
         }
     }
 
