@@ -58,6 +58,8 @@ pub use error::RingError;
 pub use gradient::{parameter_checksum, sum_gradients};
 pub use ring::Ring;
 pub use ring_comm::{CommError, Communicator, Loopback, Transport, buffer::HostBuffer, collective};
+#[cfg(feature = "mpi")]
+pub use ring_comm::{Mpi, MpiError};
 pub use ring_core::{HeadOffsets, Mixing, Pattern, PatternError, Sharding, Span};
 pub use shard::{next_token_shard, positions_tensor, shard_slice, shard_tensor};
 #[cfg(feature = "train")]

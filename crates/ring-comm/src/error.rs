@@ -2,6 +2,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
@@ -14,7 +15,7 @@ use crate::{
 ///
 /// `Clone`, because the error that poisons a group is returned to every rank and from every later call. Errors are equal if
 /// they say the same, whatever led to them: their histories are not compared. `{}` shows one line, `{:#}` the histories too.
-#[derive(Clone, Debug, Error)]
+#[derive(Clone, Debug, Error, Serialize, Deserialize)]
 pub struct CommError {
     /// The rank that reports the error.
     pub rank: Rank,
@@ -24,6 +25,8 @@ pub struct CommError {
     pub tag: Option<Tag>,
     /// What went wrong.
     pub kind: CommErrorKind,
+    /// Stays in its process: a rank that hears of an error from another has a history of its own.
+    #[serde(skip)]
     history: Option<Arc<FlightRecord>>,
 }
 
@@ -62,7 +65,7 @@ fn context<T: std::fmt::Display>(name: &str, value: &Option<T>) -> String {
 }
 
 /// What went wrong in a communication.
-#[derive(Clone, Debug, PartialEq, Error)]
+#[derive(Clone, Debug, PartialEq, Error, Serialize, Deserialize)]
 pub enum CommErrorKind {
     /// The peer did not answer in time.
     #[error("nothing within the deadline of {deadline:?}{}", sent_instead(.pending))]
@@ -87,6 +90,12 @@ pub enum CommErrorKind {
     /// The peer dropped its endpoint while something was still expected of it.
     #[error("the peer has left the group")]
     Departed,
+    /// The peer cannot be reached any more: its process has ended, or the network to it has failed.
+    #[error("the peer is lost: {reason}")]
+    PeerLost {
+        /// What is known of it.
+        reason: String,
+    },
     /// A rank panicked.
     #[error("rank {culprit} panicked")]
     Panicked {
@@ -119,7 +128,7 @@ pub enum CommErrorKind {
 }
 
 /// What ranks disagree on.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error, Serialize, Deserialize)]
 #[error("rank {culprit} has {field} = {theirs}, rank {reference} has {ours}")]
 pub struct Disagreement {
     /// The first rank that differs from the first of its group.
@@ -185,6 +194,7 @@ impl CommError {
             CommErrorKind::Poisoned(cause) => cause.culprit(),
             CommErrorKind::Deadline { .. }
             | CommErrorKind::Departed
+            | CommErrorKind::PeerLost { .. }
             | CommErrorKind::SizeMismatch { .. } => self.peer.unwrap_or(self.rank),
             CommErrorKind::InvalidPeer(_) => self.rank,
         }

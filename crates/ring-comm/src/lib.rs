@@ -8,6 +8,7 @@
 //! - [`buffer`]: the memory that travels;
 //! - [`Transport`]: one rank's endpoint, the seam between backends and users;
 //! - [`Loopback`]: the backend in which ranks are threads of one process;
+//! - `Mpi`: with the feature `mpi`, the backend in which ranks are processes under `mpirun`;
 //! - [`Communicator`]: a transport with the numbering of operations and the check that all ranks plan the same;
 //! - [`BufferPool`]: memory of messages, kept for the next ones;
 //! - [`Trace`]: who computed, sent and waited when, as a file to look at;
@@ -65,6 +66,7 @@
 //! ```
 
 mod agreement;
+mod attempt;
 pub mod buffer;
 pub mod collective;
 mod communicator;
@@ -72,8 +74,20 @@ pub mod conformance;
 mod error;
 pub mod launch;
 mod loopback;
+#[cfg(feature = "mpi")]
+mod mpi;
 pub mod pool;
 pub mod recorder;
+#[cfg(any(test, feature = "mpi"))]
+#[cfg_attr(
+    not(feature = "mpi"),
+    expect(
+        dead_code,
+        unreachable_pub,
+        reason = "the tests alone do not use all of it"
+    )
+)]
+mod remote;
 mod subgroup;
 pub mod trace;
 mod transport;
@@ -81,7 +95,11 @@ mod transport;
 pub use communicator::{Communicator, REMEMBERED_AGREEMENTS};
 pub use error::{CommError, CommErrorKind, Disagreement};
 pub use loopback::{Loopback, LoopbackEndpoint, RankPanic};
+#[cfg(feature = "mpi")]
+pub use mpi::{Mpi, MpiError};
 pub use pool::BufferPool;
 pub use recorder::{FlightRecord, FlightRecorder};
+#[cfg(feature = "mpi")]
+pub use remote::RemoteEndpoint;
 pub use trace::Trace;
 pub use transport::*;

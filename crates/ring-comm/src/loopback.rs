@@ -88,7 +88,7 @@ impl Loopback {
 }
 
 impl RankPanic {
-    fn new(rank: Rank, payload: &(dyn Any + Send)) -> Self {
+    pub(crate) fn new(rank: Rank, payload: &(dyn Any + Send)) -> Self {
         let text = payload.downcast_ref::<&str>().copied();
         let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
         Self {

@@ -11,9 +11,10 @@ use std::{
 
 use super::{
     channel::Ticket,
-    group::{Attempt, Entry, Group, Subject, gather_tag},
+    group::{Attempt, Entry, Group},
 };
 use crate::{
+    attempt::{Subject, gather_tag, panicked},
     buffer::Buffer,
     error::{CommError, CommErrorKind},
     recorder::{Call, FlightRecord},
@@ -66,7 +67,7 @@ impl<B: Buffer> LoopbackEndpoint<B> {
         let subject = Subject {
             rank: self.rank(),
             peer: Some(peer),
-            tag,
+            tag: Some(tag),
         };
         if peer == self.rank() || peer >= self.world_size() {
             let error = subject.error(CommErrorKind::InvalidPeer(peer));
@@ -155,7 +156,7 @@ impl<B: Buffer> Transport<B> for LoopbackEndpoint<B> {
         let subject = Subject {
             rank,
             peer: None,
-            tag: gather_tag(group, operation),
+            tag: Some(gather_tag(group, operation)),
         };
         let entry = Entry::New(Call::AllGather, bytes.len());
         let mut part = Some(bytes);
@@ -255,8 +256,4 @@ impl<B: Buffer> LoopbackRecv<B> {
         self.request.is_finished = true;
         Ok(arrived)
     }
-}
-
-fn panicked(culprit: Rank) -> CommError {
-    CommError::new(culprit, None, None, CommErrorKind::Panicked { culprit })
 }

@@ -17,34 +17,12 @@ use super::{
     sync::{Clock, Condvar, Expiry, Mutex, MutexGuard},
 };
 use crate::{
+    attempt::{Subject, gather_tag},
     buffer::Buffer,
     error::{CommError, CommErrorKind},
     recorder::{self, Call, FlightRecord, FlightRecorder, Progress},
-    transport::{Expected, GroupId, Payload, Rank, Tag, Traffic},
+    transport::{Expected, GroupId, Rank, Tag, Traffic},
 };
-
-/// What a call is about: the head of every error it returns.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Subject {
-    pub(super) rank: Rank,
-    pub(super) peer: Option<Rank>,
-    pub(super) tag: Tag,
-}
-
-impl Subject {
-    pub(super) fn error(self, kind: CommErrorKind) -> CommError {
-        CommError::new(self.rank, self.peer, Some(self.tag), kind)
-    }
-
-    /// How this call tells of the group's failure: the rank where it happened repeats it, the others pass it on.
-    fn poisoned_by(self, cause: &CommError) -> CommError {
-        if cause.rank == self.rank {
-            cause.clone()
-        } else {
-            self.error(CommErrorKind::Poisoned(Box::new(cause.clone())))
-        }
-    }
-}
 
 /// How a call begins.
 #[derive(Clone, Copy, Debug)]
@@ -293,7 +271,7 @@ impl<B: Buffer> State<B> {
             Entry::Request(ticket) => ticket,
             Entry::New(call, bytes) => {
                 let recorder = &mut self.recorders[subject.rank];
-                recorder.begin(call, subject.peer, Some(subject.tag), bytes)
+                recorder.begin(call, subject.peer, subject.tag, bytes)
             }
         }
     }
@@ -461,14 +439,6 @@ impl Round {
         absent()
             .find(|&rank| departed[rank])
             .or_else(|| absent().next())
-    }
-}
-
-/// How errors name an all-gather.
-pub(super) fn gather_tag(group: GroupId, operation: u64) -> Tag {
-    Tag {
-        group,
-        ..Tag::new(operation, 0, Payload::Collective)
     }
 }
 
