@@ -77,7 +77,8 @@ fn head() -> String {
     format!(
         "# Memory per rank\n\n\
          Bytes of heap that the rank which needs most held at one time, beyond its inputs (own rows of Q, K, V), results included;\n\
-         in the backward also beyond output, log-sum-exp and incoming gradient. Ranks are threads over loopback, one kernel thread\n\
+         in the backward also beyond output, log-sum-exp and incoming gradient, and beyond the memory for messages that the forward\n\
+         pass has left to it (the estimate counts that too). Ranks are threads over loopback, one kernel thread\n\
          each; a message is charged to its sender until it is taken and to its receiver from the posted receive on.\n\
          \"Estimate\" is `MemoryEstimate` for the same; \"one device\" is what it says of a single rank with the whole sequence,\n\
          inputs included, in the backward; \"scores\" are the bytes of one head's N x N matrix in f32, which never exists here.\n\n\

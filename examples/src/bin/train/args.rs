@@ -121,7 +121,7 @@ pub(crate) struct Args {
 
 const EXAMPLES: &str = "\
 Examples:
-  train                                        the defaults: 4 ranks, about five minutes on two cores
+  train                                        the defaults: 4 ranks, about three minutes on two cores
   train --data book.txt --ranks 2 --steps 300  another text, fewer ranks
   train --resume 3 --ranks 8                   go on from the third checkpoint, on more ranks
   train --ranks 2 --data-parallel 2 --batch 4  two groups of two ranks, each with two sequences of every step
