@@ -4,19 +4,24 @@
 //! ranks, each of which takes its rows from the input; the [`Outcome`] puts their results together, for a file or a line of
 //! measurements.
 
+mod gather;
 mod input;
 mod measurement;
 mod options;
+mod outcome;
 mod output_file;
 mod ranks;
 
 pub use input::Input;
 pub use measurement::{Measurement, Sizes, Times};
-pub use options::{Device, Options, RandomShape, TransportKind};
+pub use options::{Device, Options, RandomShape};
 pub(crate) use options::{in_range, parse_dtype};
-pub use ranks::{GatheredTensor, Outcome, Pass};
+pub use outcome::{GatheredTensor, Outcome, Pass};
 
-use crate::command_line::{Failure, print};
+use crate::{
+    command_line::{Failure, print},
+    placement::{DEFAULT_DEADLINE, Placement},
+};
 use output_file::OutputFile;
 
 /// The whole program.
@@ -26,13 +31,20 @@ use output_file::OutputFile;
 pub fn run(options: &Options) -> Result<(), Failure> {
     options.check()?;
     let input = Input::open(options)?;
+    let placement = options.placement()?;
     // Made before the computation, so that a path that cannot be written is found out at once.
     let file = options
         .output
         .as_deref()
+        .filter(|_| placement.has_first_rank())
         .map(OutputFile::create)
         .transpose()?;
-    let outcome = ranks::compute(options, &input)?;
+    let outcome = ranks::compute(options, &input, &placement)?;
+    let peak_rss_mb = measurement::peak_rss_mb(&placement)?;
+    // Another process has it all.
+    let Some(outcome) = outcome else {
+        return Ok(());
+    };
     if let Some(file) = file {
         file.write(&outcome)?;
     }
@@ -40,18 +52,21 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         eprintln!("note: tensor \"{name}\" of the input is not used");
     }
     if options.measures() {
-        let line = serde_json::to_string(&Measurement::new(options, &input, &outcome))
+        let line = serde_json::to_string(&Measurement::new(options, &input, &outcome, peak_rss_mb))
             .map_err(|error| Failure::Run(error.to_string()))?;
         print(&format!("{line}\n"))?;
     }
     Ok(())
 }
 
-/// The computation that `options` ask for, its results in memory.
+/// The computation that `options` ask for, on ranks that are threads of this process, its results in memory.
 ///
 /// # Errors
 /// [`Failure`] for bad input and for ranks that fail.
 pub fn compute(options: &Options) -> Result<Outcome, Failure> {
     options.check()?;
-    ranks::compute(options, &Input::open(options)?)
+    let deadline = options.deadline.unwrap_or(DEFAULT_DEADLINE);
+    let placement = Placement::threads(options.ranks.unwrap_or(1), deadline);
+    let outcome = ranks::compute(options, &Input::open(options)?, &placement)?;
+    Ok(outcome.expect("rank 0 is a thread of this process"))
 }

@@ -1,7 +1,8 @@
 //! What the programs `attend` and `plan` are made of; the programs themselves only read the command line.
 //!
-//! - [`attend`]: attention of tensors on disk, or of drawn ones, over ranks that are threads;
+//! - [`attend`]: attention of tensors on disk, or of drawn ones, over ranks that are threads or processes;
 //! - [`plan`]: who would hold, send and compute what, for any length and number of ranks, and a picture of it;
+//! - [`placement`]: where the ranks run;
 //! - [`pattern_options`]: the options that both have in common;
 //! - [`command_line`]: from arguments to an exit status.
 
@@ -9,4 +10,5 @@ pub mod attend;
 pub mod command_line;
 pub mod length;
 pub mod pattern_options;
+pub mod placement;
 pub mod plan;

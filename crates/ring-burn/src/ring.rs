@@ -40,7 +40,7 @@ pub struct Ring {
 impl Ring {
     /// This rank's place in a group, for self-attention over `sequence_length` positions.
     ///
-    /// The kernels get this process's cores divided by the number of ranks, at least one thread; see
+    /// The kernels get this process's cores divided by the number of ranks on its machine, at least one thread; see
     /// [`with_threads`](Self::with_threads).
     ///
     /// # Errors
@@ -51,7 +51,7 @@ impl Ring {
         sequence_length: usize,
     ) -> Result<Self, RingError> {
         let cores = available_parallelism().map_or(1, NonZero::get);
-        let threads = (cores / communicator.world_size()).max(1);
+        let threads = (cores / communicator.ranks_on_this_machine()).max(1);
         Ok(Self {
             communicator,
             kernels: CpuKernels::new(threads)?,

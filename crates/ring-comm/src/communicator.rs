@@ -39,6 +39,7 @@ pub const REMEMBERED_AGREEMENTS: usize = 64;
 pub struct Communicator<B: Buffer> {
     shared: Arc<Shared<B>>,
     trace: Option<Arc<RankTrace>>,
+    ranks_on_this_machine: usize,
 }
 
 struct Shared<B: Buffer> {
@@ -61,6 +62,7 @@ impl<B: Buffer> Clone for Communicator<B> {
         Self {
             shared: Arc::clone(&self.shared),
             trace: self.trace.clone(),
+            ranks_on_this_machine: self.ranks_on_this_machine,
         }
     }
 }
@@ -80,6 +82,7 @@ impl<B: Buffer> Communicator<B> {
         let rank = transport.global_rank(transport.rank());
         Self {
             trace: Trace::of_this_process().map(|trace| Arc::new(trace.of_rank(rank))),
+            ranks_on_this_machine: transport.world_size(),
             shared: Arc::new(Shared {
                 transport,
                 next_operation: AtomicU64::new(0),
@@ -87,6 +90,20 @@ impl<B: Buffer> Communicator<B> {
                 buffers: BufferPool::default(),
             }),
         }
+    }
+
+    /// The same communicator, knowing how many of all ranks run on this machine.
+    pub(crate) fn with_ranks_on_this_machine(self, ranks: usize) -> Self {
+        Self {
+            ranks_on_this_machine: ranks,
+            ..self
+        }
+    }
+
+    /// Number of ranks that share this machine's processors, this one among them, also those of other groups that
+    /// were split off the same whole.
+    pub fn ranks_on_this_machine(&self) -> usize {
+        self.ranks_on_this_machine
     }
 
     /// The same communicator, traced to `trace`; clones made before are not.
@@ -204,6 +221,7 @@ impl<B: Buffer> Communicator<B> {
         );
         Ok(Some(Self {
             trace: self.trace.clone(),
+            ranks_on_this_machine: self.ranks_on_this_machine,
             ..Self::new(Arc::new(group))
         }))
     }

@@ -43,6 +43,36 @@ use crate::transport::Rank;
 /// How long a wait may take unless something else is asked for.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(300);
 
+/// Who started a process, as far as its environment tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Launcher {
+    /// Nobody who says so.
+    None,
+    /// The variables of this crate.
+    Explicit,
+    /// torchrun, or whoever sets its variables.
+    Torchrun,
+    /// Open MPI's `mpirun`.
+    OpenMpi,
+    /// The `mpiexec` of MPICH or Intel MPI, or another that speaks PMI.
+    Pmi,
+    /// SLURM's `srun`.
+    Slurm,
+}
+
+impl fmt::Display for Launcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Launcher::None => "nobody",
+            Launcher::Explicit => "RING_RANK",
+            Launcher::Torchrun => "torchrun",
+            Launcher::OpenMpi => "Open MPI",
+            Launcher::Pmi => "PMI",
+            Launcher::Slurm => "SLURM",
+        })
+    }
+}
+
 /// Where a setting came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
@@ -130,6 +160,11 @@ pub struct Launch {
 }
 
 impl Launch {
+    /// Who gave this process its rank.
+    pub fn launcher(&self) -> Launcher {
+        environment::launcher(self.rank.origin)
+    }
+
     /// Who this process is to the store.
     pub fn membership(&self) -> Membership {
         let mut membership = Membership::new(self.rank.value, self.world_size.value);

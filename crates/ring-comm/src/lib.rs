@@ -10,6 +10,7 @@
 //! - [`Loopback`]: the backend in which ranks are threads of one process;
 //! - `Mpi`: with the feature `mpi`, the backend in which ranks are processes under `mpirun`;
 //! - [`Communicator`]: a transport with the numbering of operations and the check that all ranks plan the same;
+//!   [`Communicator::from_env`] makes one for however the process was started;
 //! - [`BufferPool`]: memory of messages, kept for the next ones;
 //! - [`Trace`]: who computed, sent and waited when, as a file to look at;
 //! - [`FlightRecorder`]: the last operations of a rank, part of every error;
@@ -67,6 +68,7 @@
 
 mod agreement;
 mod attempt;
+mod backend;
 pub mod buffer;
 pub mod collective;
 mod communicator;
@@ -92,6 +94,7 @@ mod subgroup;
 pub mod trace;
 mod transport;
 
+pub use backend::{ConnectError, TransportKind, UnknownTransport};
 pub use communicator::{Communicator, REMEMBERED_AGREEMENTS};
 pub use error::{CommError, CommErrorKind, Disagreement};
 pub use loopback::{Loopback, LoopbackEndpoint, RankPanic};

@@ -1,6 +1,6 @@
 //! The language model under burn-train: its item, its steps, its output.
 
-use std::sync::Arc;
+use std::{hash::Hasher, sync::Arc};
 
 use burn::{
     tensor::{Device, ExecutionError, Int, Tensor, TensorData},
@@ -110,6 +110,40 @@ impl SequenceItem for TokenWindows {
             everyone: Some(group.everyone().clone()),
             ..self
         }
+    }
+
+    fn identity(&self) -> u64 {
+        let mut hasher = Fnv1a::default();
+        for number in [self.length, self.batch, self.first, self.starts.len()] {
+            hasher.write_u64(number as u64);
+        }
+        hasher.write_u64(self.seed);
+        for &start in self.starts.iter() {
+            hasher.write_u64(start as u64);
+            hasher.write(&self.text[start..=start + self.length]);
+        }
+        hasher.finish()
+    }
+}
+
+/// FNV-1a: the same in every process and on every machine, which the standard library's hasher does not promise.
+struct Fnv1a(u64);
+
+impl Default for Fnv1a {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Hasher for Fnv1a {
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
     }
 }
 

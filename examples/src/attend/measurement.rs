@@ -1,10 +1,11 @@
 //! The line of measurements.
 
-use std::time::Instant;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::{Input, Options, Outcome, Pass};
+use crate::{command_line::Failure, placement::Placement};
 
 /// What the JSON line says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -13,7 +14,7 @@ pub struct Measurement {
     pub forward_s: Times,
     /// Seconds of a backward pass, if there was one.
     pub backward_s: Option<Times>,
-    /// Most memory this process ever held, in MB of 10^6 bytes; absent where the system does not tell.
+    /// Most memory the process ever held, or the sum of that over all processes, in MB of 10^6 bytes; absent where the system does not tell.
     pub peak_rss_mb: Option<f64>,
     /// Size of the whole input, over all ranks, in MB of 10^6 bytes.
     pub input_mb: f64,
@@ -73,7 +74,12 @@ pub struct Sizes {
 
 impl Measurement {
     /// The measurements of `outcome`.
-    pub fn new(options: &Options, input: &Input, outcome: &Outcome) -> Self {
+    pub(super) fn new(
+        options: &Options,
+        input: &Input,
+        outcome: &Outcome,
+        peak_rss_mb: Option<f64>,
+    ) -> Self {
         let spec = outcome.spec();
         let backward: Vec<&[Pass]> = outcome.backward_passes().collect();
         let backward = input.has_gradient().then_some(backward);
@@ -81,7 +87,7 @@ impl Measurement {
         Self {
             forward_s: Times::of(&forward),
             backward_s: backward.as_deref().map(Times::of),
-            peak_rss_mb: peak_rss_bytes().map(megabytes),
+            peak_rss_mb,
             input_mb: megabytes(input.elements() as u64 * spec.dtype.size() as u64),
             bytes_received: bytes_received(&forward),
             backward_bytes_received: backward.as_deref().map(bytes_received),
@@ -100,7 +106,7 @@ impl Measurement {
             },
             scale: spec.scale,
             dtype: spec.dtype.to_string(),
-            transport: "loopback".to_string(),
+            transport: outcome.transport().to_string(),
             device: "cpu".to_string(),
             seed: options.random.map(|_| options.seed),
         }
@@ -111,7 +117,7 @@ impl Times {
     /// Of every rank's passes: a repetition lasts from when the first rank leaves the barrier until the last is done.
     fn of(ranks: &[&[Pass]]) -> Self {
         let repetitions = ranks.first().map_or(0, |passes| passes.len());
-        let over_ranks = |repetition: usize, pick: fn(&Pass) -> Instant| {
+        let over_ranks = |repetition: usize, pick: fn(&Pass) -> Duration| {
             ranks.iter().map(move |passes| pick(&passes[repetition]))
         };
         let mut seconds: Vec<f64> = (0..repetitions)
@@ -145,6 +151,14 @@ fn bytes_received(ranks: &[&[Pass]]) -> Vec<u64> {
 
 fn megabytes(bytes: u64) -> f64 {
     bytes as f64 / 1e6
+}
+
+/// What all processes together have held at most, each at its own time; all of them must ask.
+pub(super) fn peak_rss_mb(placement: &Placement) -> Result<Option<f64>, Failure> {
+    let own = peak_rss_bytes().map_or(f64::NAN, megabytes);
+    let all = placement.of_all_processes("peak memory", own)?;
+    let sum: f64 = all.iter().sum();
+    Ok((!sum.is_nan()).then_some(sum))
 }
 
 /// The high-water mark of this process's memory, where the system keeps one (Linux: `proc(5)`, `VmHWM`).

@@ -2,18 +2,23 @@
 
 use std::{path::PathBuf, str::FromStr, time::Duration};
 
-use clap::{Parser, ValueEnum};
-use ring_comm::buffer::DType;
+use clap::Parser;
+use ring_comm::{TransportKind, buffer::DType};
 use ring_core::{AttentionSpec, Shape, Sharding};
 
 use super::Input;
-use crate::{command_line::Failure, length::parse_length, pattern_options::PatternOptions};
+use crate::{
+    command_line::Failure,
+    length::parse_length,
+    pattern_options::PatternOptions,
+    placement::{Placement, Wishes},
+};
 
 /// Attention of tensors on disk, or of random ones, on one or more ranks.
 ///
 /// Computes O = softmax(scale Q K^T) V over the keys that the pattern admits, the log-sum-exp of every row, and the gradients.
-/// Every rank is a thread that holds only its own rows of all tensors, and gets the key/value rows it needs from the others.
-/// The result does not depend on the number of ranks or on the sharding, but for rounding.
+/// Every rank, a thread or a process, holds only its own rows of all tensors, and gets the key/value rows it needs from the others.
+/// The result does not depend on the number of ranks, the transport or the sharding, but for rounding.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "attend", version, after_long_help = FILES_AND_EXAMPLES)]
 pub struct Options {
@@ -52,9 +57,9 @@ pub struct Options {
     #[arg(long, help_heading = "Computation", value_name = "f32|bf16|f16", default_value = "f32", value_parser = parse_dtype)]
     pub dtype: DType,
 
-    /// Number of ranks.
-    #[arg(long, help_heading = "Ranks", value_name = "P", default_value_t = 1, value_parser = parse_ranks)]
-    pub ranks: usize,
+    /// Number of ranks [default: 1, or the number of processes]
+    #[arg(long, help_heading = "Ranks", value_name = "P", value_parser = parse_ranks)]
+    pub ranks: Option<usize>,
 
     /// Who owns which positions: contiguous, zigzag, striped or striped:SIZE.
     #[arg(long, help_heading = "Ranks", default_value = "contiguous")]
@@ -64,17 +69,19 @@ pub struct Options {
     #[arg(long, help_heading = "Ranks", value_name = "T", default_value_t = 1, value_parser = parse_threads)]
     pub threads: usize,
 
-    /// How ranks exchange rows.
-    #[arg(long, help_heading = "Ranks", value_enum, default_value_t = TransportKind::Loopback)]
-    pub transport: TransportKind,
+    /// How ranks exchange rows: loopback (ranks are threads of this process), mpi (processes under mpirun or srun), nccl
+    /// [default: loopback, or what fits how the process was started]
+    #[arg(long, help_heading = "Ranks", value_name = "TRANSPORT")]
+    pub transport: Option<TransportKind>,
 
     /// What computes: cpu.
     #[arg(long, help_heading = "Ranks", default_value = "cpu")]
     pub device: Device,
 
-    /// Longest time a rank waits for another, in seconds; then the program fails instead of hanging.
-    #[arg(long, help_heading = "Ranks", value_name = "SECONDS", default_value = "600", value_parser = parse_seconds)]
-    pub deadline: Duration,
+    /// Longest time a rank waits for another, in seconds; then the program fails instead of hanging [default:
+    /// RING_DEADLINE_SECONDS, or 600]
+    #[arg(long, help_heading = "Ranks", value_name = "SECONDS", value_parser = parse_seconds)]
+    pub deadline: Option<Duration>,
 
     /// Compute so often after one warm-up, and print one JSON line of measurements (with --random: always, 1 by default).
     #[arg(long, value_name = "K", value_parser = parse_count)]
@@ -93,16 +100,21 @@ Files:
 
 Measurements (one JSON line):
   forward_s, backward_s: seconds of a repetition, from a barrier over all ranks until the last rank is done; min and median.
-  peak_rss_mb: most memory of the whole process, all ranks together. input_mb: q, k, v and grad_out. MB of 10^6 bytes.
+  peak_rss_mb: most memory of all ranks together (of the whole process, or the sum over the processes). input_mb: q, k, v and grad_out. MB of 10^6 bytes.
   bytes_received, backward_bytes_received: by each rank in one forward, one backward pass.
 
 Exit status:
   0, or 1 if a rank failed, or 2 if the request makes no sense or is not supported. No output file unless 0.
 
+Processes:
+  Under mpirun or srun every process is a rank: start all with the same arguments. Rank 0 writes and prints; the input must
+  be readable everywhere.
+
 Examples:
   attend --input in.safetensors --output out.safetensors --causal
   attend --input in.safetensors --output out.safetensors --segment-lengths 2048,4096 --dilation-rates 1,2 --ranks 4
-  attend --random 1,8,2,64K,64 --causal --ranks 4 --sharding zigzag --repeat 5 --backward";
+  attend --random 1,8,2,64K,64 --causal --ranks 4 --sharding zigzag --repeat 5 --backward
+  mpirun -n 4 attend --input in.safetensors --output out.safetensors --causal";
 
 /// Sizes of drawn tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,15 +123,6 @@ pub struct RandomShape {
     pub shape: Shape,
     /// Number of queries, and of keys.
     pub length: usize,
-}
-
-/// How ranks exchange rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum TransportKind {
-    /// Ranks are threads of this process.
-    Loopback,
-    /// Ranks are MPI processes. Not supported yet.
-    Mpi,
 }
 
 /// What computes.
@@ -137,11 +140,6 @@ impl Options {
     /// # Errors
     /// [`Failure::Unsupported`], [`Failure::Input`].
     pub fn check(&self) -> Result<(), Failure> {
-        if self.transport == TransportKind::Mpi {
-            return Err(Failure::Unsupported(
-                "--transport mpi is not supported yet; use loopback".to_string(),
-            ));
-        }
         if let Device::Other(name) = &self.device {
             return Err(Failure::Unsupported(format!(
                 "--device {name} is not supported yet; use cpu"
@@ -159,15 +157,28 @@ impl Options {
         }
     }
 
-    /// The computation, for the sizes of `input`.
+    /// The ranks.
+    ///
+    /// # Errors
+    /// As [`Placement::join`].
+    pub fn placement(&self) -> Result<Placement, Failure> {
+        Placement::join(&Wishes {
+            transport: self.transport,
+            ranks: self.ranks,
+            threads: 1,
+            deadline: self.deadline,
+        })
+    }
+
+    /// The computation, for the sizes of `input`, on so many ranks.
     ///
     /// # Errors
     /// [`Failure::Input`] for sizes that do not fit together.
-    pub fn spec(&self, input: &Input) -> Result<AttentionSpec, Failure> {
+    pub fn spec(&self, input: &Input, ranks: usize) -> Result<AttentionSpec, Failure> {
         let pattern = self.pattern.pattern()?;
         let spec = AttentionSpec::new(pattern, input.shape(), 0)
             .and_then(|spec| spec.with_lengths(input.query_length(), input.key_length()))
-            .and_then(|spec| spec.sharded(self.sharding, self.ranks))
+            .and_then(|spec| spec.sharded(self.sharding, ranks))
             .and_then(|spec| match self.scale {
                 Some(scale) => spec.with_scale(scale),
                 None => Ok(spec),

@@ -1,85 +1,104 @@
 //! The ranks: each takes its rows, walks its plan, and hands back its rows of the results.
 
-use std::{borrow::Cow, fmt, sync::Arc, time::Instant};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use ring_comm::{
-    CommError, Communicator, Loopback, RankPanic,
-    buffer::{Buffer, DType, HostBuffer},
+    CommError, Communicator, Loopback, RankPanic, TransportKind,
+    buffer::{Buffer, HostBuffer},
     collective::barrier,
 };
 use ring_core::{
-    AttentionSpec, Error, Gradients, Inputs, Output, Plan, Saved, Sharding, Span, backward, forward,
+    AttentionSpec, Error, Gradients, Inputs, Output, Plan, Saved, Span, backward, forward,
 };
 use ring_kernels::{CpuKernels, RowLayout, Tensor};
-use safetensors::{Dtype, View};
 
-use super::{Input, Options, input::InputTensor};
-use crate::command_line::Failure;
-
-/// One pass of one rank.
-#[derive(Clone, Copy, Debug)]
-pub struct Pass {
-    /// When the rank left the barrier before it.
-    pub started: Instant,
-    /// When the rank was done.
-    pub ended: Instant,
-    /// Bytes that reached the rank meanwhile.
-    pub bytes_received: u64,
-}
-
-/// What one rank ends with.
-struct RankOutcome {
-    /// Forward and backward passes, without the warm-up.
-    forward: Vec<Pass>,
-    backward: Vec<Pass>,
-    /// Results of the last repetition, if anybody wants them.
-    results: Option<Results>,
-}
-
-struct Results {
-    output: Output<HostBuffer>,
-    gradients: Option<Gradients<HostBuffer>>,
-}
-
-/// Results of all ranks.
-pub struct Outcome {
-    spec: AttentionSpec,
-    ranks: Vec<RankOutcome>,
-}
-
-/// A result of all ranks together; its rows are put in order only when they are asked for.
-pub struct GatheredTensor<'a> {
-    parts: Vec<&'a HostBuffer>,
-    shape: Vec<usize>,
-    length: usize,
-    sharding: Sharding,
-}
+use super::{
+    Input, Options, Outcome, Pass,
+    gather::gather,
+    input::InputTensor,
+    outcome::{RankOutcome, Results},
+};
+use crate::{
+    command_line::Failure,
+    placement::{Placement, Ranks},
+};
 
 /// A rank that failed by itself or heard of another's failure.
-enum RankError {
+pub(super) enum RankError {
     Attention(Error),
     Tensor(String),
 }
 
-/// Runs the computation on as many threads as there are ranks.
-pub(super) fn compute(options: &Options, input: &Input) -> Result<Outcome, Failure> {
-    let spec = options.spec(input)?;
-    let results = Loopback::run(spec.world_size, options.deadline, |endpoint| {
-        let communicator = Communicator::new(Arc::new(endpoint));
-        let result = RankRun::new(options, input, &spec, &communicator)
-            .and_then(|run| run.repetitions(options));
-        if let Err(RankError::Tensor(reason)) = &result {
-            communicator.abort(reason);
+/// Runs the computation; the outcome of all ranks where rank 0 is.
+pub(super) fn compute(
+    options: &Options,
+    input: &Input,
+    placement: &Placement,
+) -> Result<Option<Outcome>, Failure> {
+    let spec = options.spec(input, placement.world_size())?;
+    match &placement.ranks {
+        Ranks::Threads(_) => on_threads(options, input, spec, placement.deadline).map(Some),
+        Ranks::Processes(communicator) => {
+            let ranks = on_processes(options, input, &spec, communicator)?;
+            Ok(ranks.map(|ranks| Outcome {
+                ranks,
+                spec,
+                transport: placement.transport,
+            }))
         }
-        result
+    }
+}
+
+fn on_threads(
+    options: &Options,
+    input: &Input,
+    spec: AttentionSpec,
+    deadline: Duration,
+) -> Result<Outcome, Failure> {
+    let start = Some(Instant::now());
+    let results = Loopback::run(spec.world_size, deadline, |endpoint| {
+        let communicator = Communicator::new(Arc::new(endpoint));
+        run_rank(options, input, &spec, &communicator, start)
     });
     match first_cause(&results) {
         Some(failure) => Err(failure),
         None => Ok(Outcome {
             ranks: results.into_iter().flatten().flatten().collect(),
             spec,
+            transport: TransportKind::Loopback,
         }),
     }
+}
+
+fn on_processes(
+    options: &Options,
+    input: &Input,
+    spec: &AttentionSpec,
+    communicator: &Communicator<HostBuffer>,
+) -> Result<Option<Vec<RankOutcome>>, Failure> {
+    run_rank(options, input, spec, communicator, None)
+        .and_then(|own| gather(own, communicator))
+        .map_err(|error| error.explain(communicator.rank()))
+}
+
+/// What one rank does. Clocks of threads have a common `start`, those of processes have not.
+fn run_rank(
+    options: &Options,
+    input: &Input,
+    spec: &AttentionSpec,
+    communicator: &Communicator<HostBuffer>,
+    start: Option<Instant>,
+) -> Result<RankOutcome, RankError> {
+    let result = RankRun::new(options, input, spec, communicator, start)
+        .and_then(|run| run.repetitions(options));
+    if let Err(RankError::Tensor(reason)) = &result {
+        communicator.abort(reason);
+    }
+    result
 }
 
 /// One rank's tensors and means.
@@ -93,6 +112,7 @@ struct RankRun<'a> {
     grad_output: Option<HostBuffer>,
     query_layout: RowLayout,
     key_layout: RowLayout,
+    start: Option<Instant>,
 }
 
 impl<'a> RankRun<'a> {
@@ -101,6 +121,7 @@ impl<'a> RankRun<'a> {
         input: &Input,
         spec: &AttentionSpec,
         communicator: &'a Communicator<HostBuffer>,
+        start: Option<Instant>,
     ) -> Result<Self, RankError> {
         let rank = communicator.rank();
         let kernels = CpuKernels::new(options.threads)
@@ -132,6 +153,7 @@ impl<'a> RankRun<'a> {
             ),
             key_layout: RowLayout::contiguous(problem.kv_heads, problem.keys, problem.head_dim),
             plan,
+            start,
         })
     }
 
@@ -159,7 +181,7 @@ impl<'a> RankRun<'a> {
                 outcome.backward.extend(backward_pass);
             }
             if options.random.is_none() || options.output.is_some() {
-                outcome.results = Some(Results { output, gradients });
+                outcome.results = Some(Results::new(output, gradients));
             }
         }
         Ok(outcome)
@@ -173,14 +195,13 @@ impl<'a> RankRun<'a> {
         let result = pass()?;
         let ended = Instant::now();
         let bytes_received = self.communicator.traffic().bytes_received - before;
-        Ok((
-            result,
-            Pass {
-                started,
-                ended,
-                bytes_received,
-            },
-        ))
+        let origin = self.start.unwrap_or(started);
+        let pass = Pass {
+            started: started - origin,
+            ended: ended - origin,
+            bytes_received,
+        };
+        Ok((result, pass))
     }
 
     fn inputs(&self) -> Inputs<'_, HostBuffer> {
@@ -231,154 +252,44 @@ impl<'a> RankRun<'a> {
 
 /// The failure of the rank where the trouble started, if any rank failed.
 fn first_cause(results: &[Result<Result<RankOutcome, RankError>, RankPanic>]) -> Option<Failure> {
-    let failure = |rank: usize, why: &dyn fmt::Display| {
-        Some(Failure::Run(format!("rank {rank} failed: {why}")))
-    };
     let mut heard_of = None;
     for (rank, result) in results.iter().enumerate() {
         match result {
             Ok(Ok(_)) => {}
-            Err(panic) => return failure(rank, panic),
-            Ok(Err(RankError::Tensor(reason))) => return failure(rank, reason),
-            Ok(Err(RankError::Attention(Error::Comm { step, source }))) => {
+            Err(panic) => return Some(failure(rank, panic)),
+            Ok(Err(error)) => match error.culprit() {
                 // The same on all ranks: whoever failed first.
-                let why = format!("in {step}: {}", source.root());
-                heard_of = heard_of.or_else(|| failure(source.culprit(), &why));
-            }
-            Ok(Err(RankError::Attention(error))) => return failure(rank, error),
+                Some(_) => heard_of = heard_of.or_else(|| Some(error.explain(rank))),
+                None => return Some(error.explain(rank)),
+            },
         }
     }
     heard_of
 }
 
-impl Outcome {
-    /// The computation.
-    pub fn spec(&self) -> &AttentionSpec {
-        &self.spec
-    }
-
-    /// Every rank's forward passes.
-    pub fn forward_passes(&self) -> impl Iterator<Item = &[Pass]> {
-        self.ranks.iter().map(|rank| rank.forward.as_slice())
-    }
-
-    /// Every rank's backward passes; empty without gradients.
-    pub fn backward_passes(&self) -> impl Iterator<Item = &[Pass]> {
-        self.ranks.iter().map(|rank| rank.backward.as_slice())
-    }
-
-    /// The results, by the names they have in files; none if they were not kept.
-    pub fn tensors(&self) -> Vec<(&'static str, GatheredTensor<'_>)> {
-        let spec = &self.spec;
-        let shape = spec.shape;
-        let (batch, dim) = (shape.batch, shape.head_dim);
-        let query = vec![batch, shape.query_heads, spec.query_length, dim];
-        let key = vec![batch, shape.kv_heads, spec.key_length, dim];
-        let rows = query[..3].to_vec();
-        [
-            self.gather("out", query.clone(), |results| Some(&results.output.output)),
-            self.gather("lse", rows, |results| Some(&results.output.log_sum_exp)),
-            self.gather("grad_q", query, |results| {
-                results.gradients.as_ref().map(|gradients| &gradients.query)
-            }),
-            self.gather("grad_k", key.clone(), |results| {
-                results.gradients.as_ref().map(|gradients| &gradients.key)
-            }),
-            self.gather("grad_v", key, |results| {
-                results.gradients.as_ref().map(|gradients| &gradients.value)
-            }),
-        ]
-        .into_iter()
-        .flatten()
-        .collect()
-    }
-
-    fn gather<'a>(
-        &'a self,
-        name: &'static str,
-        shape: Vec<usize>,
-        pick: impl Fn(&'a Results) -> Option<&'a HostBuffer>,
-    ) -> Option<(&'static str, GatheredTensor<'a>)> {
-        let parts = self
-            .ranks
-            .iter()
-            .map(|rank| rank.results.as_ref().and_then(&pick))
-            .collect::<Option<Vec<_>>>()?;
-        let of_keys = matches!(name, "grad_k" | "grad_v");
-        let tensor = GatheredTensor {
-            parts,
-            length: shape[2],
-            shape,
-            sharding: if of_keys {
-                self.spec.key_sharding
-            } else {
-                self.spec.query_sharding
-            },
-        };
-        Some((name, tensor))
-    }
+fn failure(rank: usize, why: &dyn fmt::Display) -> Failure {
+    Failure::Run(format!("rank {rank} failed: {why}"))
 }
 
-impl GatheredTensor<'_> {
-    /// The elements in the order of the whole tensor.
-    pub fn values(&self) -> Vec<f32> {
-        let mut whole = vec![0.0; self.shape.iter().product()];
-        let heads = self.shape[0] * self.shape[1];
-        let row = self.shape.get(3).copied().unwrap_or(1);
-        for (rank, part) in self.parts.iter().enumerate() {
-            let spans = self.sharding.spans(self.length, self.parts.len(), rank);
-            let mut from = 0;
-            for head in 0..heads {
-                for span in &spans {
-                    let to = (head * self.length + span.start) * row;
-                    let len = span.len() * row;
-                    copy_f32(part, from, &mut whole[to..to + len]);
-                    from += len;
-                }
-            }
-        }
-        whole
-    }
-}
-
-/// Elements of `part` from `first` on, widened.
-fn copy_f32(part: &HostBuffer, first: usize, target: &mut [f32]) {
-    let range = first..first + target.len();
-    match part {
-        HostBuffer::F32(values) => target.copy_from_slice(&values[range]),
-        HostBuffer::F16(values) => {
-            for (target, value) in target.iter_mut().zip(&values[range]) {
-                *target = value.to_f32();
-            }
-        }
-        HostBuffer::BF16(values) => {
-            for (target, value) in target.iter_mut().zip(&values[range]) {
-                *target = value.to_f32();
-            }
+impl RankError {
+    /// The rank whose failure this rank only heard of.
+    fn culprit(&self) -> Option<usize> {
+        match self {
+            RankError::Attention(Error::Comm { source, .. }) => Some(source.culprit()),
+            _ => None,
         }
     }
-}
 
-impl View for GatheredTensor<'_> {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        let bytes: Vec<u8> = self
-            .values()
-            .into_iter()
-            .flat_map(f32::to_le_bytes)
-            .collect();
-        Cow::Owned(bytes)
-    }
-
-    fn data_len(&self) -> usize {
-        self.shape.iter().product::<usize>() * DType::F32.size()
+    /// The failure, as seen from `rank`.
+    fn explain(&self, rank: usize) -> Failure {
+        match self {
+            RankError::Tensor(reason) => failure(rank, reason),
+            RankError::Attention(Error::Comm { step, source }) => {
+                let why = format!("in {step}: {}", source.root());
+                failure(source.culprit(), &why)
+            }
+            RankError::Attention(error) => failure(rank, error),
+        }
     }
 }
 
@@ -397,7 +308,7 @@ impl From<ring_core::SpecError> for RankError {
 impl From<CommError> for RankError {
     fn from(source: CommError) -> Self {
         RankError::Attention(Error::Comm {
-            step: "the barrier before a pass".into(),
+            step: "the exchange between passes".into(),
             source,
         })
     }

@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, time::Duration};
 
-use super::{DEFAULT_DEADLINE, Launch, LaunchError, Origin, Rendezvous, Setting, Token};
+use super::{DEFAULT_DEADLINE, Launch, LaunchError, Launcher, Origin, Rendezvous, Setting, Token};
 use crate::transport::Rank;
 
 const RENDEZVOUS: &str = "RING_RENDEZVOUS";
@@ -16,48 +16,66 @@ const SLURM_STEP: &str = "SLURM_STEP_ID";
 
 /// The variables by which one launcher tells a process its place. Lists of one, to serve as [`Origin`].
 #[derive(Clone, Copy, Debug)]
-struct Launcher {
+struct Variables {
     rank: &'static [&'static str; 1],
     world_size: &'static [&'static str; 1],
     local_rank: &'static [&'static str; 1],
     job_id: Option<&'static [&'static str; 1]>,
 }
 
-const EXPLICIT: Launcher = Launcher {
+const EXPLICIT: Variables = Variables {
     rank: &["RING_RANK"],
     world_size: &["RING_WORLD_SIZE"],
     local_rank: &["RING_LOCAL_RANK"],
     job_id: None,
 };
-const TORCHRUN: Launcher = Launcher {
+const TORCHRUN: Variables = Variables {
     rank: &["RANK"],
     world_size: &["WORLD_SIZE"],
     local_rank: &["LOCAL_RANK"],
     job_id: Some(&["TORCHELASTIC_RUN_ID"]),
 };
-const OPEN_MPI: Launcher = Launcher {
+const OPEN_MPI: Variables = Variables {
     rank: &["OMPI_COMM_WORLD_RANK"],
     world_size: &["OMPI_COMM_WORLD_SIZE"],
     local_rank: &["OMPI_COMM_WORLD_LOCAL_RANK"],
     job_id: None,
 };
-const PMI: Launcher = Launcher {
+const PMI: Variables = Variables {
     rank: &["PMI_RANK"],
     world_size: &["PMI_SIZE"],
     local_rank: &["MPI_LOCALRANKID"],
     job_id: None,
 };
-const SLURM: Launcher = Launcher {
+const SLURM: Variables = Variables {
     rank: &["SLURM_PROCID"],
     world_size: &["SLURM_NTASKS"],
     local_rank: &["SLURM_LOCALID"],
     job_id: Some(&["SLURM_JOB_ID"]),
 };
 
+/// Whose variable the rank of a process is.
+pub(super) fn launcher(rank: Origin) -> Launcher {
+    let Origin::Variables(&[name]) = rank else {
+        return Launcher::None;
+    };
+    let known = [
+        (EXPLICIT, Launcher::Explicit),
+        (TORCHRUN, Launcher::Torchrun),
+        (OPEN_MPI, Launcher::OpenMpi),
+        (PMI, Launcher::Pmi),
+        (SLURM, Launcher::Slurm),
+    ];
+    let found = known
+        .iter()
+        .find(|(variables, _)| *variables.rank == [name]);
+    found.map_or(Launcher::None, |&(_, launcher)| launcher)
+}
+
 /// What one launcher says.
 #[derive(Clone, Copy, Debug)]
 struct Place {
-    launcher: Launcher,
+    launcher: Variables,
     rank: Rank,
     world_size: usize,
 }
@@ -132,7 +150,7 @@ impl<F: Fn(&str) -> Option<OsString>> Environment<F> {
         Ok(places)
     }
 
-    fn place(&self, launcher: Launcher) -> Result<Option<Place>, LaunchError> {
+    fn place(&self, launcher: Variables) -> Result<Option<Place>, LaunchError> {
         let [rank_name] = *launcher.rank;
         let [size_name] = *launcher.world_size;
         match (self.number(rank_name)?, self.number(size_name)?) {

@@ -1,14 +1,22 @@
 //! The command line.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use clap::Parser;
 use ring_burn::{Pattern, Sharding};
+use ring_comm::TransportKind;
+use ring_examples::{
+    command_line::Failure,
+    placement::{Placement, Wishes},
+};
+
+/// Ranks of each group that are threads, if nobody says.
+const DEFAULT_RANKS: usize = 4;
 
 /// Train a byte-level LongNet language model, its sequence sharded over several ranks.
 ///
-/// The ranks are threads of this process, connected by loopback: each holds its own slice of every sequence, and the key and
-/// value rows that others' queries see travel while the block at hand is computed. The last 5% of the text are held out and
+/// Each rank, a thread or a process, holds its own slice of every sequence, and the key and value rows that others' queries
+/// see travel while the block at hand is computed. The last 5% of the text are held out and
 /// scored at the end, every byte. The run's artifacts (checkpoints, losses.csv, loss.svg, logs) go to one directory.
 #[derive(Parser, Debug)]
 #[command(name = "train", version, after_help = EXAMPLES)]
@@ -17,13 +25,18 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     pub(crate) data: Option<PathBuf>,
 
-    /// Ranks that share each sequence
-    #[arg(long, default_value_t = 4)]
-    pub(crate) ranks: usize,
+    /// Ranks that share each sequence [default: 4 threads, or all processes of a group]
+    #[arg(long)]
+    pub(crate) ranks: Option<usize>,
 
     /// Groups of ranks that divide the sequences of each step among themselves; every group has `--ranks` ranks
     #[arg(long, default_value_t = 1, value_name = "GROUPS")]
     pub(crate) data_parallel: usize,
+
+    /// How ranks exchange rows: loopback (ranks are threads of this process), mpi (processes under mpirun or srun), nccl
+    /// [default: loopback, or what fits how the process was started]
+    #[arg(long)]
+    pub(crate) transport: Option<TransportKind>,
 
     /// Who owns which positions: contiguous, zigzag, striped, striped:CHUNK_SIZE
     #[arg(long, default_value = "zigzag")]
@@ -94,13 +107,13 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
 
-    /// Kernel threads of each rank [default: cores divided by ranks]
+    /// Kernel threads of each rank [default: cores divided by ranks on the machine]
     #[arg(long)]
     pub(crate) threads: Option<usize>,
 
-    /// Longest wait of a rank for another, in seconds
-    #[arg(long, default_value_t = 600)]
-    pub(crate) deadline: u64,
+    /// Longest wait of a rank for another, in seconds [default: RING_DEADLINE_SECONDS, or 600]
+    #[arg(long)]
+    pub(crate) deadline: Option<u64>,
 
     /// Directory for checkpoints, losses and logs
     #[arg(long, default_value = "artifacts")]
@@ -125,13 +138,14 @@ Examples:
   train --data book.txt --ranks 2 --steps 300  another text, fewer ranks
   train --resume 3 --ranks 8                   go on from the third checkpoint, on more ranks
   train --ranks 2 --data-parallel 2 --batch 4  two groups of two ranks, each with two sequences of every step
+  mpirun -n 4 train                            ranks are processes; on several hosts, give all the same text
   train --seq-length 16384 --segment-lengths 2048,8192,16384 --dilation-rates 1,4,8 --heads 8";
 
 impl Args {
     /// Checks what no type checks.
     pub(crate) fn check(&self) -> Result<(), String> {
         for (name, value) in [
-            ("--ranks", self.ranks),
+            ("--ranks", self.ranks.unwrap_or(1)),
             ("--data-parallel", self.data_parallel),
             ("--seq-length", self.seq_length),
             ("--batch", self.batch),
@@ -163,7 +177,7 @@ impl Args {
                 self.temperature
             ));
         }
-        if self.deadline == 0 {
+        if self.deadline == Some(0) {
             return Err("--deadline must be at least 1 second".into());
         }
         if self.resume.is_some_and(|epoch| epoch >= self.epochs()) {
@@ -173,6 +187,24 @@ impl Args {
             ));
         }
         Ok(())
+    }
+
+    /// The ranks, and the number of them that share a sequence.
+    pub(crate) fn placement(&self) -> Result<(Placement, usize), Failure> {
+        let groups = self.data_parallel;
+        let placement = Placement::join(&Wishes {
+            transport: self.transport,
+            ranks: self.ranks.map(|ranks| ranks * groups),
+            threads: DEFAULT_RANKS * groups,
+            deadline: self.deadline.map(Duration::from_secs),
+        })?;
+        let ranks = placement.world_size();
+        if !ranks.is_multiple_of(groups) {
+            return Err(Failure::Input(format!(
+                "{ranks} processes cannot be divided into --data-parallel {groups} groups of one size"
+            )));
+        }
+        Ok((placement, ranks / groups))
     }
 
     /// Checkpoint intervals in all; the last may be shorter.

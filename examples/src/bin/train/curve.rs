@@ -18,8 +18,6 @@ use burn::{
 use plotters::prelude::*;
 use ring_multihead::SequenceLoss;
 
-use crate::args::Args;
-
 /// Losses in bits per byte, in the order of steps; shared by the metric and whoever reports.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Curve(Arc<Mutex<Losses>>);
@@ -175,17 +173,13 @@ pub(crate) fn write_csv(file: &Path, first_step: usize, losses: &[f64]) -> io::R
 /// Draws the losses of every step and their running mean.
 pub(crate) fn draw(
     file: &Path,
-    args: &Args,
+    title: &str,
     first: usize,
     losses: &[f64],
 ) -> Result<(), Box<dyn std::error::Error>> {
     let top = losses.iter().copied().fold(4.0, f64::max).min(9.0);
     let root = SVGBackend::new(file, (900, 480)).into_drawing_area();
     root.fill(&WHITE)?;
-    let title = format!(
-        "LongNet over {} ranks, {} positions: training loss",
-        args.ranks, args.seq_length
-    );
     let mut chart = ChartBuilder::on(&root)
         .caption(title, ("sans-serif", 20))
         .margin(12)

@@ -1,33 +1,45 @@
 //! Every byte of the held-out text, scored over the ranks.
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc};
 
 use burn::{
     module::Module,
     tensor::{Int, Tensor, TensorData, activation::log_softmax},
 };
 use ring_burn::{Communicator, HostBuffer, Loopback, Ring, collective, shard_slice};
+use ring_examples::placement::{Placement, Ranks};
 use ring_multihead::LongNet;
 
 use crate::{args::Args, feed::Text};
 
 /// Mean bits per byte of the held-out text; its bytes are predicted in windows of the sequence length, the first from the
-/// last byte of the training text.
-pub(crate) fn bits_per_byte(model: &LongNet, text: &Text, args: &Args) -> Result<f64, String> {
-    let deadline = Duration::from_secs(args.deadline);
-    let totals = Loopback::run::<HostBuffer, _>(args.ranks, deadline, |endpoint| {
-        let communicator = Communicator::new(Arc::new(endpoint));
+/// last byte of the training text. Threads score it over `ranks` of them, processes over all.
+pub(crate) fn bits_per_byte(
+    model: &LongNet,
+    text: &Text,
+    args: &Args,
+    placement: &Placement,
+    ranks: usize,
+) -> Result<f64, String> {
+    let score = |communicator: Communicator<HostBuffer>| {
         let ring = Ring::new(communicator, args.sharding, args.seq_length)
             .map_err(|error| error.to_string())?;
         held_out_bits(&model.clone().valid(), text, &ring)
-    });
-    let mut mean = Err("there is no rank".to_string());
-    for total in totals {
-        mean = total
-            .map_err(|panic| panic.to_string())?
-            .map(|bits| bits / text.held_out_len() as f64);
-    }
-    mean
+    };
+    let bits = match &placement.ranks {
+        Ranks::Processes(everyone) => score(everyone.clone())?,
+        Ranks::Threads(_) => {
+            let totals = Loopback::run(ranks, placement.deadline, |endpoint| {
+                score(Communicator::new(Arc::new(endpoint)))
+            });
+            let mut bits = Err("there is no rank".to_string());
+            for total in totals {
+                bits = Ok(total.map_err(|panic| panic.to_string())??);
+            }
+            bits?
+        }
+    };
+    Ok(bits / text.held_out_len() as f64)
 }
 
 /// Bits of all held-out bytes together, on every rank.

@@ -9,10 +9,10 @@ mod sample;
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use burn::{
@@ -30,8 +30,11 @@ use burn::{
         renderer::{MetricsRenderer, default_renderer},
     },
 };
-use ring_burn::RingStrategy;
-use ring_examples::command_line::{self, Failure};
+use ring_burn::{RingError, RingStrategy};
+use ring_examples::{
+    command_line::{self, Failure},
+    placement::{Placement, Ranks},
+};
 use ring_multihead::{LongNet, LongNetConfig};
 
 use args::Args;
@@ -40,7 +43,7 @@ use feed::{Feed, Text};
 
 fn main() -> ExitCode {
     command_line::run(|args: &Args| {
-        let prepared = prepare(args).map_err(Failure::Input)?;
+        let prepared = prepare(args)?;
         run(args, prepared).map_err(Failure::Run)
     })
 }
@@ -49,37 +52,61 @@ fn main() -> ExitCode {
 struct Prepared {
     text: Text,
     model: LongNet,
+    placement: Placement,
+    /// Ranks that share a sequence.
+    ranks: usize,
     strategy: RingStrategy,
     device: Device,
 }
 
-fn prepare(args: &Args) -> Result<Prepared, String> {
-    args.check()?;
-    let text = Text::read(args.data.as_deref(), args.seq_length)?;
+fn prepare(args: &Args) -> Result<Prepared, Failure> {
+    args.check().map_err(Failure::Input)?;
+    let text = Text::read(args.data.as_deref(), args.seq_length).map_err(Failure::Input)?;
     let device = Device::flex().autodiff();
     device.seed(args.seed);
     let model = model_config(args)
         .try_init(&device)
-        .map_err(|error| error.to_string())?
+        .map_err(Failure::input)?
         .materialize();
-    let mut strategy = RingStrategy::new(args.ranks, args.sharding, device.clone())
-        .map_err(|error| error.to_string())?
-        .with_deadline(Duration::from_secs(args.deadline))
-        .with_data_parallel(args.data_parallel)
-        .map_err(|error| error.to_string())?;
-    if let Some(threads) = args.threads {
-        strategy = strategy.with_threads_per_rank(threads);
-    }
     if let Some(epoch) = args.resume {
-        check_checkpoint(args, epoch, &model)?;
+        check_checkpoint(args, epoch, &model).map_err(Failure::Input)?;
     }
-    fs::create_dir_all(&args.artifacts)
-        .map_err(|error| format!("cannot make {}: {error}", args.artifacts.display()))?;
+    let (placement, ranks) = args.placement()?;
+    let strategy = strategy(args, &placement, ranks, &device).map_err(Failure::input)?;
+    if placement.has_first_rank() {
+        fs::create_dir_all(&args.artifacts).map_err(|error| {
+            Failure::Input(format!("cannot make {}: {error}", args.artifacts.display()))
+        })?;
+    }
     Ok(Prepared {
         text,
         model,
+        placement,
+        ranks,
         strategy,
         device,
+    })
+}
+
+fn strategy(
+    args: &Args,
+    placement: &Placement,
+    ranks: usize,
+    device: &Device,
+) -> Result<RingStrategy, RingError> {
+    let device = device.clone();
+    let strategy = match &placement.ranks {
+        Ranks::Threads(_) => RingStrategy::new(ranks, args.sharding, device)?,
+        Ranks::Processes(everyone) => {
+            RingStrategy::of_process(everyone.clone(), args.sharding, device)?
+        }
+    };
+    let strategy = strategy
+        .with_deadline(placement.deadline)
+        .with_data_parallel(args.data_parallel)?;
+    Ok(match args.threads {
+        Some(threads) => strategy.with_threads_per_rank(threads),
+        None => strategy,
     })
 }
 
@@ -127,59 +154,54 @@ fn run(args: &Args, prepared: Prepared) -> Result<(), String> {
     let Prepared {
         text,
         model,
+        placement,
+        ranks,
         strategy,
         device,
     } = prepared;
-    println!(
-        "{} parameters; {} training bytes, {} held out; {}{} ranks, {} sharding, sequence length {}, segments {:?}, rates {:?}",
-        model.num_params(),
-        text.train_len(),
-        text.held_out_len(),
-        match args.data_parallel {
-            1 => String::new(),
-            groups => format!("{groups} groups of "),
-        },
-        args.ranks,
-        args.sharding,
-        args.seq_length,
-        args.segment_lengths,
-        args.dilation_rates,
-    );
+    let reports = placement.has_first_rank();
+    if reports {
+        println!(
+            "{} parameters; {} training bytes, {} held out; {}, {} sharding, sequence length {}, segments {:?}, rates {:?}",
+            model.num_params(),
+            text.train_len(),
+            text.held_out_len(),
+            describe(args, &placement, ranks),
+            args.sharding,
+            args.seq_length,
+            args.segment_lengths,
+            args.dilation_rates,
+        );
+    }
     let curve = Curve::default();
     let started = Instant::now();
-    let trained = train(args, model, strategy, &text, &curve)?;
+    let trained = train(args, model, strategy, &text, &curve, &placement)?;
     let seconds = started.elapsed().as_secs_f64();
-    let steps = curve.train_losses();
-    if steps.is_empty() {
-        return Err("no step was trained: the checkpoint is already at the last step".into());
-    }
-    let tokens = steps.len() * args.batch * args.seq_length;
-    let file = args.artifacts.join("losses.csv");
-    let (first, losses) = curve::whole_run(&file, args.first_step(), &steps);
-    curve::write_csv(&file, first, &losses)
-        .map_err(|error| format!("cannot write the losses: {error}"))?;
-    let picture = args.artifacts.join("loss.svg");
-    curve::draw(&picture, args, first, &losses)
-        .map_err(|error| format!("cannot draw the losses: {error}"))?;
-
     let scored = Instant::now();
-    let bits = evaluation::bits_per_byte(&trained, &text, args)?;
+    let bits = evaluation::bits_per_byte(&trained, &text, args, &placement, ranks)?;
+    let evaluation_seconds = scored.elapsed().as_secs_f64();
+    let peaks = placement
+        .of_all_processes("peak memory", peak_memory_mb().unwrap_or(f64::NAN))
+        .map_err(|failure| failure.to_string())?;
+    // The processes part here: what follows is rank 0's.
+    let ranks_in_words = describe(args, &placement, ranks);
+    drop(placement);
+    if !reports {
+        return Ok(());
+    }
+    let steps = curve.train_losses();
+    let tokens = steps.len() * args.batch * args.seq_length;
+    let picture = write_losses(args, &steps, &ranks_in_words)?;
     println!(
-        "held out: {bits:.4} bits per byte over all {} bytes of the last 5% ({:.1} s)",
+        "held out: {bits:.4} bits per byte over all {} bytes of the last 5% ({evaluation_seconds:.1} s)",
         text.held_out_len(),
-        scored.elapsed().as_secs_f64()
     );
     println!(
         "trained {} steps, {tokens} tokens in {seconds:.1} s: {:.0} tokens per second",
         steps.len(),
         tokens as f64 / seconds
     );
-    if let Some(peak) = peak_memory_mb() {
-        println!(
-            "peak memory of the process, {} ranks together: {peak:.0} MB",
-            args.ranks * args.data_parallel
-        );
-    }
+    report_memory(&peaks, &ranks_in_words);
     println!("loss curve: {}", picture.display());
     if args.sample_bytes > 0 {
         let text = sample::generate(&trained, &text, args, &device.inner())?;
@@ -188,12 +210,55 @@ fn run(args: &Args, prepared: Prepared) -> Result<(), String> {
     Ok(())
 }
 
+/// The ranks, in words.
+fn describe(args: &Args, placement: &Placement, ranks: usize) -> String {
+    let groups = match args.data_parallel {
+        1 => String::new(),
+        groups => format!("{groups} groups of "),
+    };
+    let kind = match placement.ranks {
+        Ranks::Threads(_) => String::new(),
+        Ranks::Processes(_) => format!(" ({} processes)", placement.transport),
+    };
+    format!("{groups}{ranks} ranks{kind}")
+}
+
+/// The losses as a file and as a picture, of which it gives the path.
+fn write_losses(args: &Args, steps: &[f64], ranks: &str) -> Result<PathBuf, String> {
+    if steps.is_empty() {
+        return Err("no step was trained: the checkpoint is already at the last step".into());
+    }
+    let file = args.artifacts.join("losses.csv");
+    let (first, losses) = curve::whole_run(&file, args.first_step(), steps);
+    curve::write_csv(&file, first, &losses)
+        .map_err(|error| format!("cannot write the losses: {error}"))?;
+    let picture = args.artifacts.join("loss.svg");
+    let title = format!(
+        "LongNet over {ranks}, {} positions: training loss",
+        args.seq_length
+    );
+    curve::draw(&picture, &title, first, &losses)
+        .map_err(|error| format!("cannot draw the losses: {error}"))?;
+    Ok(picture)
+}
+
+fn report_memory(peaks: &[f64], ranks: &str) {
+    let sum: f64 = peaks.iter().sum();
+    let most = peaks.iter().copied().fold(0.0, f64::max);
+    match peaks.len() {
+        _ if sum.is_nan() => {}
+        1 => println!("peak memory of the process, {ranks} together: {sum:.0} MB"),
+        _ => println!("peak memory, {ranks}: {most:.0} MB at most, {sum:.0} MB together"),
+    }
+}
+
 fn train(
     args: &Args,
     model: LongNet,
     strategy: RingStrategy,
     text: &Text,
     curve: &Curve,
+    placement: &Placement,
 ) -> Result<LongNet, String> {
     let optimizer = AdamWConfig::new()
         .with_beta_2(0.98)
@@ -205,6 +270,8 @@ fn train(
         .init()
         .map_err(|error| format!("learning rate: {error}"))?;
     let interrupter = Interrupter::new();
+    // What mpirun gives a process as a terminal is none that one can draw on.
+    let dashboard = matches!(placement.ranks, Ranks::Threads(_));
     let mut training = SupervisedTraining::new(
         &args.artifacts,
         Arc::new(Feed::train(text, args)),
@@ -217,7 +284,10 @@ fn train(
     .with_checkpointing_strategy(KeepLastNCheckpoints::new(2))
     .metric_train_numeric(BitsPerByteMetric::train(curve))
     .metric_valid_numeric(BitsPerByteMetric::validation(curve))
-    .renderer(renderer(args, curve, interrupter));
+    .renderer(renderer(args, curve, interrupter, dashboard));
+    if !placement.has_first_rank() {
+        training = training.with_application_logger(None);
+    }
     if let Some(epoch) = args.resume {
         training = training.checkpoint(epoch);
     }
@@ -240,9 +310,14 @@ fn learning_rate(args: &Args) -> ComposedLrSchedulerConfig {
     ])
 }
 
-fn renderer(args: &Args, curve: &Curve, interrupter: Interrupter) -> Box<dyn MetricsRenderer> {
+fn renderer(
+    args: &Args,
+    curve: &Curve,
+    interrupter: Interrupter,
+    dashboard: bool,
+) -> Box<dyn MetricsRenderer> {
     use std::io::IsTerminal;
-    if args.plain || !std::io::stdout().is_terminal() {
+    if args.plain || !dashboard || !std::io::stdout().is_terminal() {
         Box::new(progress::Lines::new(args, curve))
     } else {
         default_renderer(interrupter, args.resume)

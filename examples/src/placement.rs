@@ -1,0 +1,139 @@
+//! Where the ranks of a program run: all in this process, or one here and the others in processes like it.
+
+use std::time::Duration;
+
+use ring_comm::{
+    Communicator, ConnectError, TransportKind,
+    buffer::HostBuffer,
+    launch::{self, Origin},
+};
+
+use crate::command_line::Failure;
+
+/// Longest time a rank waits for another, unless the command line or `RING_DEADLINE_SECONDS` says otherwise.
+pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(600);
+
+/// Who the ranks are.
+#[derive(Clone, Debug)]
+pub enum Ranks {
+    /// Threads of this process.
+    Threads(usize),
+    /// This process and others, each with a rank.
+    Processes(Communicator<HostBuffer>),
+}
+
+/// The ranks of a program, and how long they wait for one another.
+#[derive(Clone, Debug)]
+pub struct Placement {
+    /// Who they are.
+    pub ranks: Ranks,
+    /// How they exchange rows.
+    pub transport: TransportKind,
+    /// Longest time one waits for another.
+    pub deadline: Duration,
+}
+
+/// What the command line says of the ranks.
+#[derive(Clone, Copy, Debug)]
+pub struct Wishes {
+    /// How ranks exchange rows; by default loopback, or what fits how the process was started.
+    pub transport: Option<TransportKind>,
+    /// Number of ranks in all.
+    pub ranks: Option<usize>,
+    /// Number of ranks if nobody says and they are threads.
+    pub threads: usize,
+    /// Longest time one waits for another.
+    pub deadline: Option<Duration>,
+}
+
+impl Placement {
+    /// Joins the group of the processes that were started together with this one, or makes one of threads.
+    ///
+    /// # Errors
+    /// [`Failure::Input`] if what the command line wishes is not how the process was started, or the environment contradicts itself;
+    /// [`Failure::Unsupported`] for a transport that is not compiled in or does not carry the processor's memory;
+    /// [`Failure::Run`] if the processes do not come together.
+    pub fn join(wishes: &Wishes) -> Result<Self, Failure> {
+        let mut launch = launch::from_env().map_err(Failure::input)?;
+        let deadline = match (wishes.deadline, launch.deadline.origin) {
+            (Some(deadline), _) => deadline,
+            (None, Origin::Default) => DEFAULT_DEADLINE,
+            (None, Origin::Variables(_)) => launch.deadline.value,
+        };
+        launch.deadline.value = deadline;
+        let kind = wishes
+            .transport
+            .unwrap_or_else(|| TransportKind::fitting(&launch));
+        if kind == TransportKind::Loopback && launch.world_size.value == 1 {
+            let ranks = wishes.ranks.unwrap_or(wishes.threads);
+            return Ok(Self::threads(ranks, deadline));
+        }
+        let processes = launch.world_size.value;
+        if let Some(ranks) = wishes.ranks
+            && ranks != processes
+        {
+            return Err(Failure::Input(format!(
+                "{ranks} ranks are asked for, but over {kind} each is a process, and {processes} were started"
+            )));
+        }
+        let communicator = Communicator::connect(kind, &launch).map_err(explain)?;
+        Ok(Self {
+            ranks: Ranks::Processes(communicator),
+            transport: kind,
+            deadline,
+        })
+    }
+
+    /// Ranks that are threads of this process.
+    pub fn threads(ranks: usize, deadline: Duration) -> Self {
+        Self {
+            ranks: Ranks::Threads(ranks),
+            transport: TransportKind::Loopback,
+            deadline,
+        }
+    }
+
+    /// Number of ranks in all.
+    pub fn world_size(&self) -> usize {
+        match &self.ranks {
+            Ranks::Threads(ranks) => *ranks,
+            Ranks::Processes(communicator) => communicator.world_size(),
+        }
+    }
+
+    /// Whether rank 0 runs in this process: it reports for all.
+    pub fn has_first_rank(&self) -> bool {
+        match &self.ranks {
+            Ranks::Threads(_) => true,
+            Ranks::Processes(communicator) => communicator.rank() == 0,
+        }
+    }
+
+    /// What `value` is in each process, in the order of ranks; all of them must ask.
+    ///
+    /// # Errors
+    /// [`Failure::Run`] if the processes cannot be reached.
+    pub fn of_all_processes(&self, purpose: &str, value: f64) -> Result<Vec<f64>, Failure> {
+        let Ranks::Processes(communicator) = &self.ranks else {
+            return Ok(vec![value]);
+        };
+        let all = communicator
+            .all_gather_bytes(purpose, &value.to_le_bytes())
+            .map_err(|error| Failure::Run(error.to_string()))?;
+        let read = |bytes: Vec<u8>| bytes.try_into().map_or(f64::NAN, f64::from_le_bytes);
+        Ok(all.into_iter().map(read).collect())
+    }
+}
+
+fn explain(error: ConnectError) -> Failure {
+    let text = error.to_string();
+    match error {
+        ConnectError::NotCompiledIn { .. } | ConnectError::DeviceMemoryOnly { .. } => {
+            Failure::Unsupported(text)
+        }
+        ConnectError::Launch(_)
+        | ConnectError::SeveralProcesses { .. }
+        | ConnectError::AnotherPlace { .. } => Failure::Input(text),
+        _ => Failure::Run(text),
+    }
+}
