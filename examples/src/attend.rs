@@ -64,9 +64,17 @@ pub fn run(options: &Options) -> Result<(), Failure> {
 /// # Errors
 /// [`Failure`] for bad input and for ranks that fail.
 pub fn compute(options: &Options) -> Result<Outcome, Failure> {
-    options.check()?;
     let deadline = options.deadline.unwrap_or(DEFAULT_DEADLINE);
     let placement = Placement::threads(options.ranks.unwrap_or(1), deadline);
-    let outcome = ranks::compute(options, &Input::open(options)?, &placement)?;
+    let outcome = compute_on(options, &placement)?;
     Ok(outcome.expect("rank 0 is a thread of this process"))
+}
+
+/// As [`compute`], on ranks that may be processes, all of which must call it: the results are where rank 0 is.
+///
+/// # Errors
+/// As [`compute`].
+pub fn compute_on(options: &Options, placement: &Placement) -> Result<Option<Outcome>, Failure> {
+    options.check()?;
+    ranks::compute(options, &Input::open(options)?, placement)
 }

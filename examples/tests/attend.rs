@@ -1,117 +1,27 @@
 //! The program `attend`: independent numbers, the oracle, and everything that can be wrong with a request.
 
+mod golden_cases;
+
 use std::{
-    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     process::{Command, Output},
 };
 
 use clap::Parser;
+use golden_cases::{Case, RESULTS, SHARDINGS, TOLERANCE, distance, golden, path, read};
 use half::{bf16, f16};
 use ring_core::{
     CommunicationEstimate, Plan,
     oracle::{OracleInput, attention},
 };
 use ring_examples::attend::{self, Input, Measurement, Options};
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
-use serde::Deserialize;
-
-/// What f32 kernels with f32 state owe.
-const TOLERANCE: f64 = 2e-5;
-const RESULTS: [&str; 5] = ["out", "lse", "grad_q", "grad_k", "grad_v"];
-const SHARDINGS: [&str; 3] = ["contiguous", "zigzag", "striped:5"];
-/// Options of features that do not exist yet.
-const NOT_YET: [&str; 3] = ["--window", "--document-lengths", "--softcap"];
+use safetensors::{Dtype, tensor::TensorView};
 
 /// Rounds to a 16-bit type and back.
 type Rounding = fn(f32) -> f32;
 /// A tensor to be written.
 type NamedShape<'a> = (&'a str, &'a [usize]);
-
-/// A case of `golden/index.json`.
-#[derive(Deserialize)]
-struct Case {
-    name: String,
-    options: Vec<String>,
-}
-
-impl Case {
-    fn all() -> Vec<Self> {
-        let text = fs::read_to_string(golden("index.json")).unwrap();
-        serde_json::from_str(&text).unwrap()
-    }
-
-    fn file(&self) -> PathBuf {
-        golden(&format!("{}.safetensors", self.name))
-    }
-
-    fn is_supported(&self) -> bool {
-        let asks_for = |feature: &str| {
-            self.options
-                .iter()
-                .any(|option| option.starts_with(feature))
-        };
-        !NOT_YET.into_iter().any(asks_for) && !self.name.starts_with("alibi")
-    }
-
-    /// Results computed without a process of their own.
-    fn compute(&self, more: &[&str]) -> BTreeMap<&'static str, Vec<f32>> {
-        let file = self.file();
-        let fixed = ["attend", "--output", "none", "--input", path(&file)];
-        let options = fixed
-            .into_iter()
-            .chain(self.options.iter().map(String::as_str))
-            .chain(more.iter().copied());
-        let outcome = attend::compute(&Options::try_parse_from(options).unwrap())
-            .unwrap_or_else(|failure| panic!("{}: {failure}", self.name));
-        let tensors = outcome.tensors().into_iter();
-        tensors
-            .map(|(name, tensor)| (name, tensor.values()))
-            .collect()
-    }
-}
-
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden")
-        .join(name)
-}
-
-fn path(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-/// The f32 tensors of a file.
-fn read(file: &Path) -> BTreeMap<String, Vec<f32>> {
-    let bytes = fs::read(file).unwrap();
-    SafeTensors::deserialize(&bytes)
-        .unwrap()
-        .iter()
-        .map(|(name, view)| {
-            assert_eq!(view.dtype(), Dtype::F32, "{name}");
-            let (words, _) = view.data().as_chunks::<4>();
-            let values = words.iter().map(|word| f32::from_le_bytes(*word)).collect();
-            (name.to_string(), values)
-        })
-        .collect()
-}
-
-/// `||got - expected|| / ||expected||`; the same `-inf` in both.
-fn distance(got: &[f32], expected: &[f32]) -> f64 {
-    assert_eq!(got.len(), expected.len());
-    let (mut error, mut norm) = (0.0, 0.0);
-    for (&got, &expected) in got.iter().zip(expected) {
-        if got == f32::NEG_INFINITY || expected == f32::NEG_INFINITY {
-            assert_eq!(got, expected);
-            continue;
-        }
-        assert!(got.is_finite(), "got {got}, expected {expected}");
-        error += (f64::from(got) - f64::from(expected)).powi(2);
-        norm += f64::from(expected).powi(2);
-    }
-    error.sqrt() / norm.sqrt().max(1e-12)
-}
 
 fn attend(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_attend"))
@@ -137,18 +47,10 @@ fn is_empty(directory: &Path) -> bool {
 #[test]
 fn golden_numbers_come_out_for_every_number_of_ranks_and_sharding() {
     for case in Case::all().iter().filter(|case| case.is_supported()) {
-        let expected = read(&case.file());
         for ranks in ["1", "2", "3", "4", "7"] {
             for sharding in SHARDINGS {
                 let got = case.compute(&["--ranks", ranks, "--sharding", sharding]);
-                for name in RESULTS {
-                    let distance = distance(&got[name], &expected[name]);
-                    assert!(
-                        distance <= TOLERANCE,
-                        "{name} of {} off by {distance:e} on {ranks} ranks, {sharding}",
-                        case.name
-                    );
-                }
+                case.check(&got, &format!("on {ranks} ranks, {sharding}"));
             }
         }
     }
@@ -339,7 +241,7 @@ fn features_that_do_not_exist_are_named() {
         let line = refused(&arguments);
         assert!(line.starts_with("not supported: "), "{line}");
     }
-    for option in ["--transport=mpi", "--device=cuda", "--window=-1,4"] {
+    for option in ["--transport=nccl", "--device=cuda", "--window=-1,4"] {
         let line = refused(&["--random", "1,1,1,8,4", option, "--output", path(&output)]);
         assert!(line.starts_with("not supported: "), "{line}");
     }

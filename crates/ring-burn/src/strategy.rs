@@ -122,7 +122,10 @@ pub struct RingStrategy {
 #[derive(Clone, Debug)]
 enum Ranks {
     /// Threads of this process, so many in each group.
-    Threads { per_group: usize, deadline: Duration },
+    Threads {
+        per_group: usize,
+        deadline: Duration,
+    },
     /// This process and others.
     Processes(Communicator<HostBuffer>),
 }
@@ -314,8 +317,7 @@ where
         let interrupter = components.interrupter.clone();
         let (model, failures, processor) = match self.led() {
             Some(everyone) => {
-                let (model, failure) =
-                    self.follow(everyone, &components, learner, train, valid);
+                let (model, failure) = self.follow(everyone, &components, learner, train, valid);
                 (model, Vec::from_iter(failure), components.event_processor)
             }
             None => {
@@ -351,7 +353,8 @@ where
         valid: ValidLoader<M>,
         starting_epoch: usize,
     ) -> (M, SupervisedTrainingEventProcessor<M>) {
-        self.0.fit(components, learner, train, valid, starting_epoch)
+        self.0
+            .fit(components, learner, train, valid, starting_epoch)
     }
 }
 
@@ -443,10 +446,7 @@ impl RingStrategy {
         });
         match trained {
             Ok(learner) => (learner.model(), None),
-            Err(message) => (
-                untrained.model(),
-                Some(failure(everyone.rank(), message)),
-            ),
+            Err(message) => (untrained.model(), Some(failure(everyone.rank(), message))),
         }
     }
 }

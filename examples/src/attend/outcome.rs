@@ -40,7 +40,10 @@ pub(super) struct Results {
 }
 
 impl Results {
-    pub(super) fn new(output: Output<HostBuffer>, gradients: Option<Gradients<HostBuffer>>) -> Self {
+    pub(super) fn new(
+        output: Output<HostBuffer>,
+        gradients: Option<Gradients<HostBuffer>>,
+    ) -> Self {
         Self {
             output: output.output,
             log_sum_exp: output.log_sum_exp,
@@ -197,4 +200,3 @@ impl View for GatheredTensor<'_> {
         self.shape.iter().product::<usize>() * DType::F32.size()
     }
 }
-

@@ -28,7 +28,11 @@ where
     <M as InferenceStep>::Input: SequenceItem,
 {
     /// All epochs; the learner at the end, or nothing if a rank was lost.
-    pub(super) fn run(&mut self, workers: &Workers<M>, starting_epoch: usize) -> Option<Learner<M>> {
+    pub(super) fn run(
+        &mut self,
+        workers: &Workers<M>,
+        starting_epoch: usize,
+    ) -> Option<Learner<M>> {
         for epoch in starting_epoch..=self.components.num_epochs {
             self.epoch(workers, epoch).ok()?;
             if self.components.interrupter.should_stop() {

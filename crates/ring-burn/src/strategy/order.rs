@@ -39,15 +39,11 @@ impl Announced {
 
     /// Tells everyone; of rank 0.
     pub(super) fn send(self, everyone: &Communicator<HostBuffer>) -> Result<(), CommError> {
-        everyone
-            .all_gather_bytes(PURPOSE, &self.encode())
-            .map(drop)
+        everyone.all_gather_bytes(PURPOSE, &self.encode()).map(drop)
     }
 
     /// Hears what rank 0 tells; of all others. `None` for something that no rank of this version says.
-    pub(super) fn receive(
-        everyone: &Communicator<HostBuffer>,
-    ) -> Result<Option<Self>, CommError> {
+    pub(super) fn receive(everyone: &Communicator<HostBuffer>) -> Result<Option<Self>, CommError> {
         let said = everyone.all_gather_bytes(PURPOSE, &[])?;
         Ok(Self::decode(&said[0]))
     }

@@ -11,6 +11,8 @@ use burn::{
     train::{InferenceStep, Learner, LearnerModel, TrainStep},
 };
 
+use ring_comm::CommErrorKind;
+
 use super::{DataGroup, SequenceItem, order::Announced};
 use crate::{
     gradient::{parameter_checksum, sum_gradients},
@@ -130,7 +132,9 @@ where
         if self.announces {
             announced
                 .send(&self.place.group.everyone)
-                .unwrap_or_else(|error| panic!("the other ranks cannot be told what to do: {error}"));
+                .unwrap_or_else(|error| {
+                    panic!("the other ranks cannot be told what to do: {error}")
+                });
         }
     }
 
@@ -138,11 +142,12 @@ where
     fn compare_parameters(&self, otherwise: &str) {
         let checksum = parameter_checksum(&self.learner.model());
         let fields = [("parameter checksum".to_string(), format!("{checksum:016x}"))];
-        self.place
-            .group
-            .everyone
-            .agree("training", &fields)
-            .unwrap_or_else(|error| panic!("{otherwise}: {error}"));
+        if let Err(error) = self.place.group.everyone.agree("training", &fields) {
+            match &error.root().kind {
+                CommErrorKind::Disagreement(_) => panic!("{otherwise}: {error}"),
+                _ => panic!("comparing parameters failed: {error}"),
+            }
+        }
     }
 
     /// Every epoch begins with a comparison.
@@ -269,4 +274,3 @@ where
         }
     }
 }
-

@@ -1,0 +1,152 @@
+//! The programs on ranks that are processes: the same numbers as on threads, and the same care with what can be wrong.
+//!
+//! Run without arguments of its own, this program starts `attend`, `train` and itself under `mpirun`; as a rank it computes the
+//! golden cases. Words on the command line choose among the tests.
+
+#[path = "../golden_cases/mod.rs"]
+#[allow(dead_code, reason = "another test uses the rest")]
+mod golden_cases;
+mod mpirun;
+mod training;
+
+use std::{
+    env,
+    panic::{AssertUnwindSafe, catch_unwind},
+    process::ExitCode,
+    time::Duration,
+};
+
+use golden_cases::{Case, SHARDINGS, path};
+use mpirun::{TASK, each, mpirun};
+use ring_examples::placement::{Placement, Wishes};
+
+/// Longer than anything takes on a busy machine.
+const PATIENT: Duration = Duration::from_secs(60);
+
+/// A test: its name, and what it does.
+type Test = (&'static str, fn());
+
+const TESTS: [Test; 9] = [
+    ("golden numbers over 2, 3 and 4 processes", golden_numbers),
+    (
+        "attend writes files and measures",
+        attend_writes_and_measures,
+    ),
+    (
+        "requests that do not fit the processes",
+        misfits_are_refused,
+    ),
+    (
+        "losses are those of threads",
+        training::losses_are_those_of_threads,
+    ),
+    (
+        "losses of data groups are those of threads",
+        training::data_groups,
+    ),
+    (
+        "a checkpoint of threads resumes on processes",
+        training::resume,
+    ),
+    (
+        "another text on one rank is found out",
+        training::another_text,
+    ),
+    (
+        "another seed on one rank is found out",
+        training::another_seed,
+    ),
+    (
+        "a killed rank ends training everywhere",
+        training::killed_rank,
+    ),
+];
+
+fn main() -> ExitCode {
+    if env::var(TASK).is_ok() {
+        compute_golden_cases();
+        return ExitCode::SUCCESS;
+    }
+    let words: Vec<String> = env::args()
+        .skip(1)
+        .filter(|word| !word.starts_with('-'))
+        .collect();
+    let is_chosen = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word));
+    let mut has_failed = false;
+    for (name, test) in TESTS.into_iter().filter(|(name, _)| is_chosen(name)) {
+        let passed = catch_unwind(AssertUnwindSafe(test)).is_ok();
+        println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
+        has_failed |= !passed;
+    }
+    ExitCode::from(u8::from(has_failed))
+}
+
+/// What a rank does.
+fn compute_golden_cases() {
+    let placement = Placement::join(&Wishes {
+        transport: None,
+        ranks: None,
+        threads: 1,
+        deadline: Some(PATIENT),
+    })
+    .unwrap();
+    for case in Case::all().iter().filter(|case| case.is_supported()) {
+        for sharding in SHARDINGS {
+            if let Some(got) = case.compute_on(&placement, &["--sharding", sharding]) {
+                let how = format!("on {} processes, {sharding}", placement.world_size());
+                case.check(&got, &how);
+            }
+        }
+    }
+}
+
+fn golden_numbers() {
+    for ranks in [2, 3, 4] {
+        let own = env::current_exe().unwrap();
+        let outcome = mpirun(ranks, &[own.to_str().unwrap()], &[(TASK, "golden")]);
+        outcome.expect_success();
+    }
+}
+
+fn attend_writes_and_measures() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = directory.path().join("out.safetensors");
+    let cases = Case::all();
+    let case = cases.iter().find(|case| case.is_supported()).unwrap();
+    let file = case.file();
+    let mut command = vec![env!("CARGO_BIN_EXE_attend"), "--input", path(&file)];
+    command.extend(["--output", path(&output), "--repeat", "2"]);
+    command.extend(case.options.iter().map(String::as_str));
+    let outcome = mpirun(3, &command, &[]);
+    outcome.expect_success();
+    let results = golden_cases::read(&output);
+    for (name, expected) in golden_cases::read(&file) {
+        if let Some(got) = results.get(&name) {
+            let distance = golden_cases::distance(got, &expected);
+            assert!(
+                distance <= golden_cases::TOLERANCE,
+                "{name} off by {distance:e}"
+            );
+        }
+    }
+    let line = outcome.stdout.lines().find(|line| line.starts_with('{'));
+    let line: serde_json::Value = serde_json::from_str(line.unwrap()).unwrap();
+    assert_eq!(line["transport"], "mpi");
+    assert_eq!(line["ranks"], 3);
+    assert_eq!(line["bytes_received"].as_array().unwrap().len(), 3);
+    assert!(line["forward_s"]["median"].as_f64().unwrap() > 0.0);
+}
+
+fn misfits_are_refused() {
+    let attend = [env!("CARGO_BIN_EXE_attend"), "--random", "1,1,1,64,8"];
+    let cases: [(&[&str], &str); 3] = [
+        (&["--ranks", "3"], "3 ranks are asked for"),
+        (&["--transport", "loopback"], "one of 2 processes"),
+        (&["--transport", "pigeon"], "loopback, mpi"),
+    ];
+    for (more, word) in cases {
+        let outcome = each(2, &[&attend[..], more].concat().join(" "));
+        assert_eq!(outcome.statuses(), ["2"; 2], "{}", outcome.stderr);
+        assert!(outcome.stderr.contains(word), "{}", outcome.stderr);
+    }
+}
