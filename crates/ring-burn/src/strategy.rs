@@ -474,3 +474,49 @@ fn text(payload: &(dyn Any + Send)) -> String {
         .or_else(|| payload.downcast_ref::<&str>().copied());
     message.unwrap_or("panicked without a message").to_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_share_all_samples_in_order_and_evenly() {
+        for (samples, count) in [(1, 1), (7, 3), (8, 4), (2, 5), (0, 2)] {
+            let share = |index| {
+                let everyone = Communicator::single();
+                DataGroup {
+                    index,
+                    count,
+                    everyone,
+                }
+                .share(samples)
+            };
+            let shares: Vec<Range<usize>> = (0..count).map(share).collect();
+            let all: Vec<usize> = shares.iter().cloned().flatten().collect();
+            assert_eq!(all, Vec::from_iter(0..samples));
+            let least = samples / count;
+            let sizes = least..=samples.div_ceil(count);
+            assert!(shares.iter().all(|share| sizes.contains(&share.len())));
+        }
+    }
+
+    #[test]
+    fn processes_must_divide_into_groups() {
+        let strategy = |groups| {
+            RingStrategy::of_process(
+                Communicator::single(),
+                Sharding::Zigzag,
+                Device::flex().autodiff(),
+            )
+            .unwrap()
+            .with_data_parallel(groups)
+        };
+        assert!(strategy(1).is_ok());
+        let error = strategy(2).unwrap_err().to_string();
+        assert!(
+            error.contains("1 ranks cannot be divided into 2 groups"),
+            "{error}"
+        );
+        assert!(strategy(0).is_err());
+    }
+}

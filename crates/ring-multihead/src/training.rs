@@ -115,11 +115,11 @@ impl SequenceItem for TokenWindows {
     fn identity(&self) -> u64 {
         let mut hasher = Fnv1a::default();
         for number in [self.length, self.batch, self.first, self.starts.len()] {
-            hasher.write_u64(number as u64);
+            hasher.write(&number.to_le_bytes());
         }
-        hasher.write_u64(self.seed);
+        hasher.write(&self.seed.to_le_bytes());
         for &start in self.starts.iter() {
-            hasher.write_u64(start as u64);
+            hasher.write(&start.to_le_bytes());
             hasher.write(&self.text[start..=start + self.length]);
         }
         hasher.finish()

@@ -268,15 +268,33 @@ where
         + Send
         + 'static,
 {
-    let directory = tempfile::tempdir().unwrap();
     let strategy = RingStrategy::new(ranks, Sharding::Zigzag, Device::flex().autodiff())
         .unwrap()
         .with_deadline(DEADLINE);
+    launch_with(strategy, model, item, 3, accumulation)
+}
+
+fn launch_with<M>(
+    strategy: RingStrategy,
+    model: M,
+    item: TokenWindows,
+    steps: usize,
+    accumulation: usize,
+) -> burn::train::LearningResult<M>
+where
+    M: TrainStep<Input = TokenWindows, Output = SequenceLoss>
+        + InferenceStep<Input = TokenWindows, Output = SequenceLoss>
+        + Module
+        + std::fmt::Display
+        + Send
+        + 'static,
+{
+    let directory = tempfile::tempdir().unwrap();
     SupervisedTraining::new(
         directory.path(),
         Arc::new(Loader {
             item: item.clone(),
-            steps: 3,
+            steps,
         }),
         Arc::new(Loader { item, steps: 1 }),
     )
@@ -324,6 +342,66 @@ fn training_gives_the_same_model_on_any_number_of_ranks() {
             assert!(difference(other, &trained[0]) < 1e-3 * moved);
         }
     }
+}
+
+/// What a process is given: each rank has its own model, items and number of steps, and is led by rank 0.
+fn launch_processes(
+    own: impl Fn(usize) -> (LongNet, TokenWindows, usize) + Sync,
+) -> Vec<Result<LongNet, String>> {
+    let results = Loopback::run::<HostBuffer, _>(3, DEADLINE, |endpoint| {
+        let everyone = Communicator::new(Arc::new(endpoint));
+        let (model, item, steps) = own(everyone.rank());
+        let device = Device::flex().autodiff();
+        let strategy = RingStrategy::of_process(everyone, Sharding::Zigzag, device).unwrap();
+        let result = launch_with(strategy, model, item, steps, 2);
+        match result.error {
+            None => Ok(result.model),
+            Some(error) => Err(error.to_string()),
+        }
+    });
+    results.into_iter().map(Result::unwrap).collect()
+}
+
+#[test]
+fn ranks_with_loops_of_their_own_train_the_same_model() {
+    let model = model(0.1);
+    let parameters = |model: &LongNet| {
+        let mut parameters = Parameters(Vec::new());
+        model.visit(&mut parameters);
+        parameters.0
+    };
+    let expected = parameters(&launch(model.clone(), windows(), 3, 2).model);
+    for trained in launch_processes(|_| (model.clone(), windows(), 3)) {
+        assert_eq!(parameters(&trained.unwrap()), expected);
+    }
+}
+
+#[test]
+fn ranks_that_are_given_different_things_end_with_errors_that_say_so() {
+    let model = model(0.0);
+    let failures = |own: &(dyn Fn(usize) -> (LongNet, TokenWindows, usize) + Sync)| {
+        let failures = launch_processes(own).into_iter().map(Result::unwrap_err);
+        failures.collect::<Vec<_>>()
+    };
+    let other = TokenWindows::new(vec![1; 500].into(), vec![0, 3], 70, 0);
+    let said = failures(&|rank| match rank {
+        2 => (model.clone(), other.clone(), 3),
+        _ => (model.clone(), windows(), 3),
+    });
+    let expected = "the loader of rank 2 gives another item than that of rank 0";
+    assert!(said.iter().all(|said| said.contains(expected)), "{said:?}");
+
+    let said = failures(&|rank| (model.clone(), windows(), if rank == 1 { 2 } else { 3 }));
+    let expected = "the loader of rank 1 has fewer items than that of rank 0";
+    assert!(said.iter().all(|said| said.contains(expected)), "{said:?}");
+
+    let another = crate::model(0.0);
+    let said = failures(&|rank| match rank {
+        1 => (another.clone(), windows(), 3),
+        _ => (model.clone(), windows(), 3),
+    });
+    let expected = "ranks start from different parameters";
+    assert!(said.iter().all(|said| said.contains(expected)), "{said:?}");
 }
 
 /// A model that panics on one rank in the middle of a training step.
