@@ -4,6 +4,7 @@
 //! - [`workload`]: random shards of one attention, and the drivers over loopback ranks;
 //! - [`module`]: the Burn module around them;
 //! - [`compare`]: side-by-side runs against PyTorch, and of this workspace against itself;
+//! - [`overlap`]: what a shift costs that goes on under a computation;
 //! - [`machine`]: the machine that measures;
 //! - [`heap`]: a counting allocator, and what one thread held at most;
 //! - [`metered`]: a transport that charges every message to the rank that holds it;
@@ -15,5 +16,6 @@ pub mod machine;
 pub mod memory;
 pub mod metered;
 pub mod module;
+pub mod overlap;
 pub mod work;
 pub mod workload;
