@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    handshake::Timed,
+    connection::Timed,
     wire::{MAX_FRAME, Request, read_frame, write_frame},
     *,
 };
