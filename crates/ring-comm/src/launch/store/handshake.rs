@@ -307,10 +307,7 @@ impl Protocol {
     }
 
     /// Reads a hello; nothing if what comes is something else, which is not read any further.
-    fn read_hello_of_guest(
-        &self,
-        stream: &mut impl Read,
-    ) -> io::Result<Option<[u8; HELLO_BYTES]>> {
+    fn read_hello_of_guest(&self, stream: &mut impl Read) -> io::Result<Option<[u8; HELLO_BYTES]>> {
         let mut hello = [0; HELLO_BYTES];
         stream.read_exact(&mut hello[..8])?;
         if hello[..8] != self.magic {
