@@ -165,7 +165,7 @@ impl Store {
                 .map_or(client.peer_address(), Server::listens_at),
             deadline,
             client,
-            server: server,
+            server,
         })
     }
 

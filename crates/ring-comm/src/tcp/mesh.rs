@@ -93,8 +93,9 @@ impl Mesh {
             Ok(streams)
         });
         let streams = streams.map_err(|error| {
+            let error = named(error, launch);
             store.abort(&error.to_string());
-            named(error, launch)
+            error
         })?;
         for stream in streams.iter().flatten() {
             connection::watch(stream, keepalive(launch.deadline.value))

@@ -177,6 +177,26 @@ fn an_absent_rank_is_named_at_the_deadline() {
     on_every_rank(&stores, |store| store.barrier("all", LONG).unwrap());
 }
 
+/// Two wait for a third; the one whose deadline passes first was there all the same.
+#[test]
+fn who_does_not_wait_any_longer_was_not_absent() {
+    let zero = serve(3);
+    let one = join(&zero, 1);
+    let missing = |error| match error {
+        StoreError::Deadline { missing, .. } => missing,
+        error => panic!("{error}"),
+    };
+    let start = Instant::now();
+    thread::scope(|scope| {
+        let second = scope.spawn(|| one.barrier("all", SHORT * 20).unwrap_err());
+        // Until the other has come too.
+        while missing(zero.barrier("all", SHORT / 4).unwrap_err()) != [2] {
+            assert!(start.elapsed() < LONG);
+        }
+        assert_eq!(missing(second.join().unwrap()), [2]);
+    });
+}
+
 #[test]
 fn who_does_not_belong_to_the_job_is_refused() {
     let member = |rank, world_size| {
