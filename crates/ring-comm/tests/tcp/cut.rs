@@ -147,17 +147,29 @@ impl Hosts {
             // Rank 0 is a client of its own store.
             ip(&format!("-n {name} link set lo up"))?;
         }
+        let output = hosts.command(0).arg("true").output();
+        let output = output.map_err(|error| error.to_string())?;
+        if !output.status.success() {
+            return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
+        }
         Ok(hosts)
     }
 
-    fn rank(&self, rank: usize) -> Command {
+    /// What runs a program on a host. With processes of its own, or the ranks would see that they are on one machine, and
+    /// whether the process of the other is alive.
+    fn command(&self, rank: usize) -> Command {
+        let own_processes = "unshare --pid --fork --kill-child --mount-proc";
         let mut command = Command::new("ip");
-        let program = this_program();
         command
             .args(["netns", "exec", &self.names[rank]])
-            // Or they would see that they are on one machine, and whether the other's process is alive.
-            .args(["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"])
-            .arg(program.get_program())
+            .args(own_processes.split(' '));
+        command
+    }
+
+    fn rank(&self, rank: usize) -> Command {
+        let mut command = self.command(rank);
+        command
+            .arg(this_program().get_program())
             .env("RANK", rank.to_string())
             .env("WORLD_SIZE", "2")
             .env("MASTER_ADDR", ADDRESSES[0])
