@@ -26,9 +26,8 @@ mod state;
 mod threads;
 mod wire;
 
-#[cfg(feature = "mpi")]
 pub use endpoint::RemoteEndpoint;
-#[cfg(feature = "mpi")]
 pub(crate) use engine::{Engine, StartError};
-#[cfg(feature = "mpi")]
+#[cfg(test)]
+pub(crate) use threads::{panics, run_on_threads};
 pub(crate) use wire::{End, Event, Wire};

@@ -201,25 +201,45 @@ impl Threads {
         body: impl Fn(RemoteEndpoint) -> R + Sync,
     ) -> Vec<thread::Result<R>> {
         let net = Net::new(world_size, self.0);
-        let run = |rank| {
-            let engine = net.engine(rank, deadline.max(PATIENT));
-            let endpoint = join(&engine, deadline).unwrap();
-            let body = AssertUnwindSafe(|| {
-                let _membership = endpoint.membership();
-                body(endpoint)
-            });
-            catch_unwind(body)
-        };
-        thread::scope(|scope| {
-            let start = |rank| {
-                let run = &run;
-                scope.spawn(move || run(rank))
-            };
-            let threads: Vec<_> = (0..world_size).map(start).collect();
-            let join = |thread: thread::ScopedJoinHandle<'_, _>| thread.join().unwrap();
-            threads.into_iter().map(join).collect()
-        })
+        let engine = |rank| net.engine(rank, deadline.max(PATIENT));
+        run_on_threads(world_size, engine, deadline, body)
     }
+}
+
+/// What `body` gives on every rank of a new group, each on a thread of its own, with what `engine` gives there.
+pub(crate) fn run_on_threads<R: Send>(
+    world_size: usize,
+    engine: impl Fn(Rank) -> Arc<Engine> + Sync,
+    deadline: Duration,
+    body: impl Fn(RemoteEndpoint) -> R + Sync,
+) -> Vec<thread::Result<R>> {
+    let run = |rank| {
+        let engine = engine(rank);
+        let endpoint = join(&engine, deadline).unwrap();
+        let body = AssertUnwindSafe(|| {
+            let _membership = endpoint.membership();
+            body(endpoint)
+        });
+        catch_unwind(body)
+    };
+    thread::scope(|scope| {
+        let start = |rank| {
+            let run = &run;
+            scope.spawn(move || run(rank))
+        };
+        let threads: Vec<_> = (0..world_size).map(start).collect();
+        let join = |thread: thread::ScopedJoinHandle<'_, _>| thread.join().unwrap();
+        threads.into_iter().map(join).collect()
+    })
+}
+
+/// The panics among what ranks give.
+pub(crate) fn panics(results: Vec<thread::Result<()>>) -> Vec<RankPanic> {
+    let panic = |(rank, result): (Rank, thread::Result<()>)| {
+        let payload = result.err()?;
+        Some(RankPanic::new(rank, payload.as_ref()))
+    };
+    results.into_iter().enumerate().filter_map(panic).collect()
 }
 
 /// Joining must not fail because a case is impatient.
@@ -229,14 +249,9 @@ fn join(engine: &Arc<Engine>, deadline: Duration) -> Result<RemoteEndpoint, Comm
 
 impl Backend for Threads {
     fn run(&self, world_size: usize, deadline: Duration, body: &RankBody<'_>) -> Vec<RankPanic> {
-        let results = Threads::run(self, world_size, deadline, |endpoint| {
+        panics(Threads::run(self, world_size, deadline, |endpoint| {
             body(Arc::new(endpoint));
-        });
-        let panic = |(rank, result): (Rank, thread::Result<()>)| {
-            let payload = result.err()?;
-            Some(RankPanic::new(rank, payload.as_ref()))
-        };
-        results.into_iter().enumerate().filter_map(panic).collect()
+        }))
     }
 
     fn max_world_size(&self) -> usize {
