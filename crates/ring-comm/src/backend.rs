@@ -5,6 +5,7 @@ use std::{fmt, fs, str::FromStr, sync::Arc};
 use thiserror::Error;
 
 use crate::{
+    Tcp, TcpError,
     buffer::HostBuffer,
     communicator::Communicator,
     error::CommError,
@@ -17,6 +18,8 @@ use crate::{
 pub enum TransportKind {
     /// Ranks are threads of one process.
     Loopback,
+    /// Ranks are processes that know where to meet.
+    Tcp,
     /// Ranks are processes under `mpirun` or `srun`. Needs the feature `mpi`.
     Mpi,
     /// Ranks are processes with a GPU each, for memory on it. Needs the feature `nccl`.
@@ -75,6 +78,9 @@ pub enum ConnectError {
         /// The world size that the transport found.
         found_world_size: usize,
     },
+    /// The processes cannot be connected.
+    #[error(transparent)]
+    Tcp(#[from] TcpError),
     /// MPI does not start.
     #[cfg(feature = "mpi")]
     #[error(transparent)]
@@ -86,8 +92,9 @@ pub enum ConnectError {
 
 impl TransportKind {
     /// Every kind there is, compiled in or not.
-    pub const ALL: [TransportKind; 3] = [
+    pub const ALL: [TransportKind; 4] = [
         TransportKind::Loopback,
+        TransportKind::Tcp,
         TransportKind::Mpi,
         TransportKind::Nccl,
     ];
@@ -95,23 +102,29 @@ impl TransportKind {
     /// Whether this build has it.
     pub const fn is_compiled_in(self) -> bool {
         match self {
-            TransportKind::Loopback => true,
+            TransportKind::Loopback | TransportKind::Tcp => true,
             TransportKind::Mpi => cfg!(feature = "mpi"),
             TransportKind::Nccl => cfg!(feature = "nccl"),
         }
     }
 
-    /// The transport for host memory that fits how a process was started.
+    /// The transport for host memory that fits how a process was started: MPI under its own launchers; TCP for ranks that were told
+    /// where to meet.
     pub fn fitting(launch: &Launch) -> Self {
-        match launch.world_size.value {
-            1 => TransportKind::Loopback,
-            _ => TransportKind::Mpi,
+        match launch.launcher() {
+            _ if launch.world_size.value == 1 => TransportKind::Loopback,
+            Launcher::OpenMpi | Launcher::Pmi => TransportKind::Mpi,
+            Launcher::Slurm if launch.rendezvous.is_none() => TransportKind::Mpi,
+            Launcher::Slurm | Launcher::Explicit | Launcher::Torchrun | Launcher::None => {
+                TransportKind::Tcp
+            }
         }
     }
 
     const fn name(self) -> &'static str {
         match self {
             TransportKind::Loopback => "loopback",
+            TransportKind::Tcp => "tcp",
             TransportKind::Mpi => "mpi",
             TransportKind::Nccl => "nccl",
         }
@@ -142,8 +155,7 @@ impl FromStr for TransportKind {
 impl Communicator<HostBuffer> {
     /// The group of the processes that were started together with this one; this process alone if nothing says otherwise.
     ///
-    /// [`launch`] says which variables are read. What was started by MPI's own launchers (`mpirun`, `mpiexec`, `srun`) is
-    /// connected by MPI.
+    /// [`launch`] says which variables are read, [`TransportKind::fitting`] which transport is taken.
     ///
     /// # Errors
     /// [`ConnectError`]; every process of the group gets one, by the deadline.
@@ -174,6 +186,12 @@ impl Communicator<HostBuffer> {
                 world_size => Err(ConnectError::SeveralProcesses { world_size }),
             },
             TransportKind::Nccl => Err(ConnectError::DeviceMemoryOnly { kind }),
+            TransportKind::Tcp => {
+                let tcp = Tcp::init(launch)?;
+                Ok(Self::among_processes(Arc::new(
+                    tcp.group(launch.deadline.value)?,
+                ))?)
+            }
             #[cfg(feature = "mpi")]
             TransportKind::Mpi => {
                 let deadline = launch.deadline.value;
@@ -187,10 +205,6 @@ impl Communicator<HostBuffer> {
     }
 
     /// Finds out how many of the processes run on this machine.
-    #[cfg_attr(
-        not(feature = "mpi"),
-        expect(dead_code, reason = "no transport connects processes")
-    )]
     fn among_processes(transport: Arc<dyn Transport<HostBuffer>>) -> Result<Self, CommError> {
         let communicator = Self::new(transport);
         let machine = machine();
@@ -204,8 +218,8 @@ impl Communicator<HostBuffer> {
 
 /// A process that the launcher did not mention may be anywhere.
 #[cfg_attr(
-    not(feature = "mpi"),
-    expect(dead_code, reason = "no transport connects processes")
+    not(any(feature = "mpi", test)),
+    expect(dead_code, reason = "TCP goes by what the launcher says")
 )]
 fn check_place(
     kind: TransportKind,
@@ -257,7 +271,7 @@ mod tests {
         let error = "carrier pigeon".parse::<TransportKind>().unwrap_err();
         assert_eq!(
             error.to_string(),
-            "there is no transport \"carrier pigeon\"; valid: loopback, mpi, nccl"
+            "there is no transport \"carrier pigeon\"; valid: loopback, tcp, mpi, nccl"
         );
     }
 
@@ -266,6 +280,57 @@ mod tests {
         let communicator = Communicator::connect(TransportKind::Loopback, &launch(&[])).unwrap();
         assert_eq!((communicator.rank(), communicator.world_size()), (0, 1));
         assert_eq!(communicator.ranks_on_this_machine(), 1);
+    }
+
+    #[test]
+    fn the_transport_follows_from_the_launcher() {
+        let fitting = |variables: &[_]| TransportKind::fitting(&launch(variables));
+        assert_eq!(fitting(&[]), TransportKind::Loopback);
+        assert_eq!(
+            fitting(&[("RANK", "0"), ("WORLD_SIZE", "1")]),
+            TransportKind::Loopback
+        );
+        assert_eq!(
+            fitting(&[("RANK", "0"), ("WORLD_SIZE", "2")]),
+            TransportKind::Tcp
+        );
+        assert_eq!(
+            fitting(&[("PMI_RANK", "0"), ("PMI_SIZE", "2")]),
+            TransportKind::Mpi
+        );
+        let slurm = [("SLURM_PROCID", "1"), ("SLURM_NTASKS", "2")];
+        assert_eq!(fitting(&slurm), TransportKind::Mpi);
+        let met = [&slurm[..], &[("RING_RENDEZVOUS", "host:4000")]].concat();
+        assert_eq!(fitting(&met), TransportKind::Tcp);
+    }
+
+    #[test]
+    fn ranks_over_tcp_know_how_many_share_the_machine() {
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port()
+            .to_string();
+        let connect = |rank: &str| {
+            let place = launch(&[
+                ("RANK", rank),
+                ("WORLD_SIZE", "2"),
+                ("MASTER_ADDR", "127.0.0.1"),
+                ("MASTER_PORT", &port),
+                ("RING_DEADLINE_SECONDS", "30"),
+            ]);
+            Communicator::connect(TransportKind::Tcp, &place).unwrap()
+        };
+        std::thread::scope(|scope| {
+            for rank in ["0", "1"] {
+                scope.spawn(move || {
+                    let communicator = connect(rank);
+                    assert_eq!(communicator.rank().to_string(), rank);
+                    assert_eq!(communicator.ranks_on_this_machine(), 2);
+                });
+            }
+        });
     }
 
     #[test]

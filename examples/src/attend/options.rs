@@ -69,8 +69,8 @@ pub struct Options {
     #[arg(long, help_heading = "Ranks", value_name = "T", default_value_t = 1, value_parser = parse_threads)]
     pub threads: usize,
 
-    /// How ranks exchange rows: loopback (ranks are threads of this process), mpi (processes under mpirun or srun), nccl
-    /// [default: loopback, or what fits how the process was started]
+    /// How ranks exchange rows: loopback (ranks are threads of this process), tcp (processes that are told where
+    /// to meet, by torchrun say), mpi (processes under mpirun or srun), nccl [default: loopback, or what fits how the process was started]
     #[arg(long, help_heading = "Ranks", value_name = "TRANSPORT")]
     pub transport: Option<TransportKind>,
 

@@ -1,12 +1,12 @@
 //! The programs on ranks that are processes: the same numbers as on threads, and the same care with what can be wrong.
 //!
-//! Run without arguments of its own, this program starts `attend`, `train` and itself under `mpirun`; as a rank it computes the
-//! golden cases. Words on the command line choose among the tests.
+//! Run without arguments of its own, this program starts `attend`, `train` and itself as torchrun would, and, with the feature `mpi`,
+//! under `mpirun`; as a rank it computes the golden cases. Words on the command line choose among the tests.
 
 #[path = "../golden_cases/mod.rs"]
 #[allow(dead_code, reason = "another test uses the rest")]
 mod golden_cases;
-mod mpirun;
+mod launch;
 mod training;
 
 use std::{
@@ -17,25 +17,28 @@ use std::{
 };
 
 use golden_cases::{Case, SHARDINGS, path};
-use mpirun::{TASK, each, mpirun};
+use launch::{Launcher, TASK};
 use ring_examples::placement::{Placement, Wishes};
 
 /// Longer than anything takes on a busy machine.
 const PATIENT: Duration = Duration::from_secs(60);
+/// Who starts the processes.
+const LAUNCHERS: &[Launcher] = &[
+    Launcher::Torchrun,
+    #[cfg(feature = "mpi")]
+    Launcher::Mpirun,
+];
 
 /// A test: its name, and what it does.
-type Test = (&'static str, fn());
+type Test = (&'static str, fn(Launcher));
 
 const TESTS: [Test; 9] = [
-    ("golden numbers over 2, 3 and 4 processes", golden_numbers),
+    ("golden numbers", golden_numbers),
     (
         "attend writes files and measures",
         attend_writes_and_measures,
     ),
-    (
-        "requests that do not fit the processes",
-        misfits_are_refused,
-    ),
+    ("requests that do not fit are refused", misfits_are_refused),
     (
         "losses are those of threads",
         training::losses_are_those_of_threads,
@@ -44,10 +47,7 @@ const TESTS: [Test; 9] = [
         "losses of data groups are those of threads",
         training::data_groups,
     ),
-    (
-        "a checkpoint of threads resumes on processes",
-        training::resume,
-    ),
+    ("a checkpoint of threads resumes", training::resume),
     (
         "another text on one rank is found out",
         training::another_text,
@@ -73,10 +73,15 @@ fn main() -> ExitCode {
         .collect();
     let is_chosen = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word));
     let mut has_failed = false;
-    for (name, test) in TESTS.into_iter().filter(|(name, _)| is_chosen(name)) {
-        let passed = catch_unwind(AssertUnwindSafe(test)).is_ok();
-        println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
-        has_failed |= !passed;
+    for launcher in LAUNCHERS {
+        for (name, test) in TESTS {
+            let name = format!("{launcher}: {name}");
+            if is_chosen(&name) {
+                let passed = catch_unwind(AssertUnwindSafe(|| test(*launcher))).is_ok();
+                println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
+                has_failed |= !passed;
+            }
+        }
     }
     ExitCode::from(u8::from(has_failed))
 }
@@ -100,15 +105,15 @@ fn compute_golden_cases() {
     }
 }
 
-fn golden_numbers() {
+fn golden_numbers(launcher: Launcher) {
+    let own = env::current_exe().unwrap();
     for ranks in [2, 3, 4] {
-        let own = env::current_exe().unwrap();
-        let outcome = mpirun(ranks, &[own.to_str().unwrap()], &[(TASK, "golden")]);
-        outcome.expect_success();
+        let outcome = launcher.run(ranks, own.to_str().unwrap());
+        outcome.expect_success(ranks);
     }
 }
 
-fn attend_writes_and_measures() {
+fn attend_writes_and_measures(launcher: Launcher) {
     let directory = tempfile::tempdir().unwrap();
     let output = directory.path().join("out.safetensors");
     let cases = Case::all();
@@ -117,8 +122,8 @@ fn attend_writes_and_measures() {
     let mut command = vec![env!("CARGO_BIN_EXE_attend"), "--input", path(&file)];
     command.extend(["--output", path(&output), "--repeat", "2"]);
     command.extend(case.options.iter().map(String::as_str));
-    let outcome = mpirun(3, &command, &[]);
-    outcome.expect_success();
+    let outcome = launcher.run(3, &command.join(" "));
+    outcome.expect_success(3);
     let results = golden_cases::read(&output);
     for (name, expected) in golden_cases::read(&file) {
         if let Some(got) = results.get(&name) {
@@ -129,23 +134,30 @@ fn attend_writes_and_measures() {
             );
         }
     }
-    let line = outcome.stdout.lines().find(|line| line.starts_with('{'));
-    let line: serde_json::Value = serde_json::from_str(line.unwrap()).unwrap();
-    assert_eq!(line["transport"], "mpi");
+    // Rank 0 measures for all.
+    let lines: Vec<&str> = outcome
+        .stdout
+        .lines()
+        .filter(|line| line.starts_with('{'))
+        .collect();
+    let [line] = lines.as_slice() else {
+        panic!("{}", outcome.stdout)
+    };
+    let line: serde_json::Value = serde_json::from_str(line).unwrap();
+    assert_eq!(line["transport"], launcher.to_string());
     assert_eq!(line["ranks"], 3);
     assert_eq!(line["bytes_received"].as_array().unwrap().len(), 3);
     assert!(line["forward_s"]["median"].as_f64().unwrap() > 0.0);
 }
 
-fn misfits_are_refused() {
-    let attend = [env!("CARGO_BIN_EXE_attend"), "--random", "1,1,1,64,8"];
-    let cases: [(&[&str], &str); 3] = [
-        (&["--ranks", "3"], "3 ranks are asked for"),
-        (&["--transport", "loopback"], "one of 2 processes"),
-        (&["--transport", "pigeon"], "loopback, mpi"),
-    ];
-    for (more, word) in cases {
-        let outcome = each(2, &[&attend[..], more].concat().join(" "));
+fn misfits_are_refused(launcher: Launcher) {
+    let attend = concat!(env!("CARGO_BIN_EXE_attend"), " --random 1,1,1,64,8");
+    for (more, word) in [
+        ("--ranks 3", "3 ranks are asked for"),
+        ("--transport loopback", "one of 2 processes"),
+        ("--transport pigeon", "loopback, tcp"),
+    ] {
+        let outcome = launcher.run(2, &format!("{attend} {more}"));
         assert_eq!(outcome.statuses(), ["2"; 2], "{}", outcome.stderr);
         assert!(outcome.stderr.contains(word), "{}", outcome.stderr);
     }

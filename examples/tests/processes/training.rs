@@ -4,7 +4,7 @@ use std::{fs, path::Path, process::Command};
 
 use tempfile::TempDir;
 
-use crate::mpirun::{Outcome, each, each_watched, mpirun};
+use crate::launch::Launcher;
 
 const TRAIN: &str = env!("CARGO_BIN_EXE_train");
 
@@ -47,11 +47,6 @@ fn command(directory: &Path, artifacts: &str, more: &[&str]) -> Vec<String> {
     words.map(str::to_owned).collect()
 }
 
-fn on_processes(ranks: usize, command: &[String]) -> Outcome {
-    let words: Vec<&str> = command.iter().map(String::as_str).collect();
-    mpirun(ranks, &words, &[])
-}
-
 fn on_threads(command: &[String]) {
     let output = Command::new(&command[0])
         .args(&command[1..])
@@ -77,7 +72,7 @@ fn assert_agree(got: &[f64], expected: &[f64], steps: usize) {
     }
 }
 
-pub(crate) fn losses_are_those_of_threads() {
+pub(crate) fn losses_are_those_of_threads(launcher: Launcher) {
     let directory = workplace();
     let directory = directory.path();
     on_threads(&command(
@@ -85,8 +80,9 @@ pub(crate) fn losses_are_those_of_threads() {
         "threads",
         &["--steps", "50", "--ranks", "4"],
     ));
-    let outcome = on_processes(4, &command(directory, "processes", &["--steps", "50"]));
-    outcome.expect_success();
+    let words = command(directory, "processes", &["--steps", "50"]);
+    let outcome = launcher.run(4, &words.join(" "));
+    outcome.expect_success(4);
     let expected = losses(directory, "threads");
     assert!(expected[49] < 0.8 * expected[0], "nothing was learned");
     assert_agree(&losses(directory, "processes"), &expected, 50);
@@ -99,7 +95,9 @@ pub(crate) fn losses_are_those_of_threads() {
         outcome.stdout
     );
     assert!(
-        outcome.stdout.contains("4 ranks (mpi processes)"),
+        outcome
+            .stdout
+            .contains(&format!("4 ranks ({launcher} processes)")),
         "{}",
         outcome.stdout
     );
@@ -108,19 +106,20 @@ pub(crate) fn losses_are_those_of_threads() {
 }
 
 /// With dropout, and a batch that the groups cannot divide evenly.
-pub(crate) fn data_groups() {
+pub(crate) fn data_groups(launcher: Launcher) {
     let directory = workplace();
     let directory = directory.path();
     let common = ["--steps", "25", "--batch", "3", "--dropout", "0.1"];
     let threads = [&common[..], &["--ranks", "1"]].concat();
     on_threads(&command(directory, "threads", &threads));
     let processes = [&common[..], &["--data-parallel", "2", "--ranks", "2"]].concat();
-    on_processes(4, &command(directory, "processes", &processes)).expect_success();
+    let words = command(directory, "processes", &processes);
+    launcher.run(4, &words.join(" ")).expect_success(4);
     let expected = losses(directory, "threads");
     assert_agree(&losses(directory, "processes"), &expected, 25);
 }
 
-pub(crate) fn resume() {
+pub(crate) fn resume(launcher: Launcher) {
     let directory = workplace();
     let directory = directory.path();
     on_threads(&command(
@@ -132,11 +131,11 @@ pub(crate) fn resume() {
     // As if the run had been stopped after its first checkpoint.
     fs::remove_file(directory.join("run/checkpoint/model-2.bpk")).unwrap();
     let resumed = command(directory, "run", &["--steps", "50", "--resume", "1"]);
-    on_processes(3, &resumed).expect_success();
+    launcher.run(3, &resumed.join(" ")).expect_success(3);
     assert_agree(&losses(directory, "run"), &whole, 50);
 }
 
-pub(crate) fn another_text() {
+pub(crate) fn another_text(launcher: Launcher) {
     let directory = workplace();
     let directory = directory.path();
     let text = directory.join("text.txt");
@@ -144,29 +143,29 @@ pub(crate) fn another_text() {
     fs::write(directory.join("0"), &words).unwrap();
     fs::write(directory.join("1"), words.replace("fox", "cat")).unwrap();
     let line = command(directory, "odd", &["--steps", "50"]).join(" ");
-    let own = format!("{}/$OMPI_COMM_WORLD_RANK", directory.display());
-    let outcome = each(2, &line.replace(text.to_str().unwrap(), &own));
+    let own = format!("{}/$RANK", directory.display());
+    let outcome = launcher.run(2, &line.replace(text.to_str().unwrap(), &own));
     assert_eq!(outcome.statuses(), ["1"; 2], "{}", outcome.stderr);
     let expected = "the loader of rank 1 gives another item than that of rank 0";
     assert!(outcome.stderr.contains(expected), "{}", outcome.stderr);
 }
 
-pub(crate) fn another_seed() {
+pub(crate) fn another_seed(launcher: Launcher) {
     let directory = workplace();
     let line = command(directory.path(), "odd", &["--steps", "50", "--seed"]).join(" ");
-    let outcome = each(2, &(line + " $OMPI_COMM_WORLD_RANK"));
+    let outcome = launcher.run(2, &(line + " $RANK"));
     assert_eq!(outcome.statuses(), ["1"; 2], "{}", outcome.stderr);
     let expected = "ranks start from different parameters";
     assert!(outcome.stderr.contains(expected), "{}", outcome.stderr);
 }
 
 /// Whoever is left says whose fault it was, and ends.
-pub(crate) fn killed_rank() {
+pub(crate) fn killed_rank(launcher: Launcher) {
     let directory = workplace();
     let words = command(directory.path(), "killed", &["--steps", "1000000"]).join(" ");
-    let script = format!("{words} & echo rank $OMPI_COMM_WORLD_RANK is $!; wait $!");
+    let script = format!("{words} & echo rank $RANK is $!; wait $!");
     let mut victim = None;
-    let outcome = each_watched(3, &script, |line| {
+    let outcome = launcher.run_watched(3, &script, |line| {
         if let Some(process) = line.strip_prefix("rank 1 is ") {
             victim = Some(process.trim().to_owned());
         }
@@ -179,10 +178,8 @@ pub(crate) fn killed_rank() {
         }
     });
     // 128 + the number of the signal.
-    let mut statuses = outcome.statuses();
-    statuses.sort_unstable();
     let said = &outcome.stderr;
-    assert_eq!(statuses, ["1", "1", "137"], "{said}");
+    assert_eq!(outcome.statuses(), ["1", "1", "137"], "{said}");
     assert!(
         said.matches("peer 1: the peer is lost").count() >= 2,
         "{said}"

@@ -33,8 +33,8 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 1, value_name = "GROUPS")]
     pub(crate) data_parallel: usize,
 
-    /// How ranks exchange rows: loopback (ranks are threads of this process), mpi (processes under mpirun or srun), nccl
-    /// [default: loopback, or what fits how the process was started]
+    /// How ranks exchange rows: loopback (ranks are threads of this process), tcp (processes that are told where
+    /// to meet, by torchrun say), mpi (processes under mpirun or srun), nccl [default: loopback, or what fits how the process was started]
     #[arg(long)]
     pub(crate) transport: Option<TransportKind>,
 
