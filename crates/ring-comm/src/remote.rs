@@ -31,4 +31,4 @@ pub use endpoint::RemoteEndpoint;
 #[cfg(feature = "mpi")]
 pub(crate) use engine::{Engine, StartError};
 #[cfg(feature = "mpi")]
-pub(crate) use wire::{End, Event, Wire};
+pub(crate) use wire::{End, Event, Wire, host_room_for};

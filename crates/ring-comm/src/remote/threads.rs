@@ -15,7 +15,7 @@ use super::{
     endpoint::RemoteEndpoint,
     engine::Engine,
     frame::{Failure, Frame, Header},
-    wire::{End, Event, Wire},
+    wire::{End, Event, Wire, host_room_for},
 };
 use crate::{
     attempt::panicked,
@@ -104,7 +104,7 @@ impl ThreadWire {
     }
 }
 
-impl Wire for ThreadWire {
+impl Wire<HostBuffer> for ThreadWire {
     fn rank(&self) -> Rank {
         self.rank
     }
@@ -118,6 +118,14 @@ impl Wire for ThreadWire {
             let mut inbox = self.net.inboxes[peer].lock().unwrap();
             inbox.frames.push((self.rank, frame));
         }
+    }
+
+    fn room_for(
+        &mut self,
+        expected: Expected,
+        memory: Option<HostBuffer>,
+    ) -> Result<HostBuffer, String> {
+        Ok(host_room_for(expected, memory))
     }
 
     fn send_data(&mut self, peer: Rank, sequence: u64, buffer: HostBuffer) {
@@ -134,7 +142,7 @@ impl Wire for ThreadWire {
         self.receiving.push((peer, sequence, buffer));
     }
 
-    fn poll(&mut self, events: &mut Vec<Event>) {
+    fn poll(&mut self, events: &mut Vec<Event<HostBuffer>>) {
         self.looks += 1;
         if self.net.is_cut(self.rank) {
             return;
