@@ -76,11 +76,13 @@ pub mod launch;
 mod loopback;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+pub mod nccl;
 pub mod pool;
 pub mod recorder;
-#[cfg(any(test, feature = "mpi"))]
+#[cfg(any(test, feature = "mpi", feature = "nccl"))]
 #[cfg_attr(
-    not(feature = "mpi"),
+    not(any(feature = "mpi", feature = "nccl")),
     expect(
         dead_code,
         unreachable_pub,

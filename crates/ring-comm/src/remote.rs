@@ -23,12 +23,14 @@ mod process;
 mod session;
 mod state;
 #[cfg(test)]
-mod threads;
+pub(crate) mod threads;
 mod wire;
 
-#[cfg(feature = "mpi")]
+#[cfg(any(feature = "mpi", feature = "nccl"))]
 pub use endpoint::RemoteEndpoint;
-#[cfg(feature = "mpi")]
+#[cfg(any(feature = "mpi", feature = "nccl"))]
 pub(crate) use engine::{Engine, StartError};
-#[cfg(feature = "mpi")]
-pub(crate) use wire::{End, Event, Wire, host_room_for};
+#[cfg(any(feature = "mpi", all(test, feature = "nccl")))]
+pub(crate) use wire::host_room_for;
+#[cfg(any(feature = "mpi", feature = "nccl"))]
+pub(crate) use wire::{End, Event, Wire};

@@ -360,8 +360,10 @@ impl<B: Buffer, W: Wire<B>> Driver<B, W> {
     fn serve(&mut self, session: &Session<B>) {
         let _rescue = Rescue(session);
         self.epoch += 1;
+        self.wire.begin(self.epoch);
         let mut news = self.early_news();
         let mut last_event = Instant::now();
+        let mut is_failure_known = false;
         loop {
             news.extend(self.look());
             let now = Instant::now();
@@ -373,10 +375,15 @@ impl<B: Buffer, W: Wire<B>> Driver<B, W> {
             }
             inner.state.tick(now);
             let outputs = inner.state.take_outputs();
+            let has_failed = inner.state.cause().is_some();
             drop(inner);
 
             let is_active = has_news || !outputs.is_empty();
             outputs.into_iter().for_each(|output| self.put(output));
+            if has_failed && !is_failure_known {
+                is_failure_known = true;
+                self.wire.fail();
+            }
             if is_active {
                 session.tell_change();
                 last_event = now;

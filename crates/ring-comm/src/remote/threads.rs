@@ -26,7 +26,7 @@ use crate::{
     transport::{Expected, Payload, Rank, Tag, Transport},
 };
 
-const PATIENT: Duration = Duration::from_secs(30);
+pub(crate) const PATIENT: Duration = Duration::from_secs(30);
 /// For ranks whose peers do not come or go in an orderly way.
 const BRIEF: Duration = Duration::from_secs(1);
 const TAG: Tag = Tag::new(0, 0, Payload::KeyValue);
@@ -40,7 +40,7 @@ struct Inbox {
 }
 
 /// What the ranks' wires share.
-struct Net {
+pub(crate) struct Net {
     inboxes: Vec<Mutex<Inbox>>,
     /// Whether the wire of a rank is cut: nothing comes, nothing goes, and nobody is told.
     cut: Vec<AtomicBool>,
@@ -49,13 +49,13 @@ struct Net {
 
 /// How unkind the wire is, within what it promises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Behaviour {
+pub(crate) enum Behaviour {
     Prompt,
     /// One frame arrives per look, those of the last rank first, and data a look later than it could.
     Tardy,
 }
 
-struct ThreadWire {
+pub(crate) struct ThreadWire {
     net: Arc<Net>,
     rank: Rank,
     frames: VecDeque<(Rank, Vec<u8>)>,
@@ -65,7 +65,7 @@ struct ThreadWire {
 }
 
 impl Net {
-    fn new(world_size: usize, behaviour: Behaviour) -> Arc<Self> {
+    pub(crate) fn new(world_size: usize, behaviour: Behaviour) -> Arc<Self> {
         Arc::new(Self {
             inboxes: (0..world_size).map(|_| Mutex::default()).collect(),
             cut: (0..world_size).map(|_| AtomicBool::new(false)).collect(),
@@ -86,7 +86,7 @@ impl Net {
 }
 
 impl ThreadWire {
-    fn new(net: Arc<Net>, rank: Rank) -> Self {
+    pub(crate) fn new(net: Arc<Net>, rank: Rank) -> Self {
         Self {
             net,
             rank,
@@ -209,42 +209,57 @@ impl Threads {
         body: impl Fn(RemoteEndpoint) -> R + Sync,
     ) -> Vec<thread::Result<R>> {
         let net = Net::new(world_size, self.0);
-        let run = |rank| {
-            let engine = net.engine(rank, deadline.max(PATIENT));
-            let endpoint = join(&engine, deadline).unwrap();
-            let body = AssertUnwindSafe(|| {
-                let _membership = endpoint.membership();
-                body(endpoint)
-            });
-            catch_unwind(body)
-        };
-        thread::scope(|scope| {
-            let start = |rank| {
-                let run = &run;
-                scope.spawn(move || run(rank))
-            };
-            let threads: Vec<_> = (0..world_size).map(start).collect();
-            let join = |thread: thread::ScopedJoinHandle<'_, _>| thread.join().unwrap();
-            threads.into_iter().map(join).collect()
-        })
+        let engine_of = |rank| net.engine(rank, deadline.max(PATIENT));
+        run_ranks(world_size, deadline, engine_of, body)
     }
 }
 
+/// Runs `body` on a thread per rank, in a group joined with the engine that the rank gets.
+pub(crate) fn run_ranks<R: Send>(
+    world_size: usize,
+    deadline: Duration,
+    engine_of: impl Fn(Rank) -> Arc<Engine> + Sync,
+    body: impl Fn(RemoteEndpoint) -> R + Sync,
+) -> Vec<thread::Result<R>> {
+    let run = |rank| {
+        let engine = engine_of(rank);
+        let endpoint = join(&engine, deadline).unwrap();
+        let body = AssertUnwindSafe(|| {
+            let _membership = endpoint.membership();
+            body(endpoint)
+        });
+        catch_unwind(body)
+    };
+    thread::scope(|scope| {
+        let start = |rank| {
+            let run = &run;
+            scope.spawn(move || run(rank))
+        };
+        let threads: Vec<_> = (0..world_size).map(start).collect();
+        let join = |thread: thread::ScopedJoinHandle<'_, _>| thread.join().unwrap();
+        threads.into_iter().map(join).collect()
+    })
+}
+
+/// Ranks that panicked.
+pub(crate) fn panics_of(results: Vec<thread::Result<()>>) -> Vec<RankPanic> {
+    let panic = |(rank, result): (Rank, thread::Result<()>)| {
+        let payload = result.err()?;
+        Some(RankPanic::new(rank, payload.as_ref()))
+    };
+    results.into_iter().enumerate().filter_map(panic).collect()
+}
+
 /// Joining must not fail because a case is impatient.
-fn join(engine: &Arc<Engine>, deadline: Duration) -> Result<RemoteEndpoint, CommError> {
+pub(crate) fn join(engine: &Arc<Engine>, deadline: Duration) -> Result<RemoteEndpoint, CommError> {
     engine.join_within(PATIENT, deadline)
 }
 
 impl Backend for Threads {
     fn run(&self, world_size: usize, deadline: Duration, body: &RankBody<'_>) -> Vec<RankPanic> {
-        let results = Threads::run(self, world_size, deadline, |endpoint| {
+        panics_of(Threads::run(self, world_size, deadline, |endpoint| {
             body(Arc::new(endpoint));
-        });
-        let panic = |(rank, result): (Rank, thread::Result<()>)| {
-            let payload = result.err()?;
-            Some(RankPanic::new(rank, payload.as_ref()))
-        };
-        results.into_iter().enumerate().filter_map(panic).collect()
+        }))
     }
 
     fn max_world_size(&self) -> usize {

@@ -16,6 +16,14 @@ pub(crate) trait Wire<B: Buffer> {
     /// Number of ranks on the network.
     fn world_size(&self) -> usize;
 
+    /// A group begins, the one of this number, before anything is sent in it.
+    fn begin(&mut self, epoch: u64) {
+        let _ = epoch;
+    }
+
+    /// The present group has failed: nobody waits any more for data, neither here nor, before long, on any other rank.
+    fn fail(&mut self) {}
+
     /// Sends a few bytes, which wait at the peer until it polls.
     fn send_frame(&mut self, peer: Rank, frame: Vec<u8>);
 
