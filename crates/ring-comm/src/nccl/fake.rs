@@ -16,7 +16,7 @@ use super::{
     library::UniqueId,
 };
 use crate::{
-    buffer::{Buffer, HostBuffer},
+    buffer::HostBuffer,
     remote::host_room_for,
     transport::{Expected, Rank},
 };
@@ -31,10 +31,12 @@ struct State {
     /// Communicator, source, destination.
     connected: BTreeSet<(UniqueId, Rank, Rank)>,
     communicators: u8,
-    /// Most groups that one stream has had at a time, and most halves of a group.
+    /// Most halves of a group.
     largest_group: usize,
     /// How much happens when somebody looks.
     steps_per_look: usize,
+    /// Nothing happens.
+    is_held: bool,
 }
 
 #[derive(Default)]
@@ -67,6 +69,7 @@ impl Fabric {
             communicators: 0,
             largest_group: 0,
             steps_per_look,
+            is_held: false,
         };
         Arc::new(Self {
             state: Mutex::new(state),
@@ -85,6 +88,11 @@ impl Fabric {
         self.lock().streams[rank].failure = Some(reason);
     }
 
+    /// Lets nothing happen any more on any stream, or lets it go on.
+    pub(super) fn hold(&self, is_held: bool) {
+        self.lock().is_held = is_held;
+    }
+
     /// Whether something of this rank is issued and not complete.
     pub(super) fn is_running(&self, rank: Rank) -> bool {
         !self.lock().streams[rank].groups.is_empty()
@@ -100,14 +108,10 @@ impl Fabric {
         self.lock().largest_group
     }
 
-    /// Lets happen whatever can; whether anything did.
-    pub(super) fn settle(&self) -> bool {
+    /// Lets happen whatever can.
+    pub(super) fn settle(&self) {
         let mut state = self.lock();
-        let mut has_moved = false;
-        while state.step() {
-            has_moved = true;
-        }
-        has_moved
+        while state.step() {}
     }
 
     /// A test that has failed has been reported.
@@ -119,6 +123,9 @@ impl Fabric {
 impl State {
     /// Connects a pair or moves a message, if that is possible anywhere.
     fn step(&mut self) -> bool {
+        if self.is_held {
+            return false;
+        }
         for rank in 0..self.streams.len() {
             let Some(group) = self.streams[rank].groups.front() else {
                 continue;

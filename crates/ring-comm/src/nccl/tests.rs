@@ -1,7 +1,6 @@
 //! The whole path without a device: engines, states, order and wire over the [fake](super::fake).
 
 use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Barrier},
     thread,
     time::{Duration, Instant},
@@ -62,6 +61,11 @@ impl Fake {
 
 impl World {
     fn engine(&self, rank: Rank) -> Arc<Engine> {
+        self.engine_within(rank, PATIENT)
+    }
+
+    /// An engine that leaves within `deadline`.
+    fn engine_within(&self, rank: Rank, deadline: Duration) -> Arc<Engine> {
         let control = ThreadWire::new(Arc::clone(&self.net), rank);
         let device = self.fabric.device(rank);
         let make_wire = move || {
@@ -73,7 +77,7 @@ impl World {
                 Deadline::after(PATIENT),
             )
         };
-        let engine = Engine::start(PATIENT, make_wire);
+        let engine = Engine::start(deadline, make_wire);
         Arc::new(engine.ok().expect("a thread, and no failure"))
     }
 
@@ -118,3 +122,7 @@ fn nccl_conforms() {
 fn nccl_conforms_when_everything_is_slow() {
     conformance::run_all(&TARDY);
 }
+
+mod failures;
+mod streams;
+mod transfers;

@@ -5,7 +5,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -45,6 +45,7 @@ pub(crate) struct Net {
     /// Whether the wire of a rank is cut: nothing comes, nothing goes, and nobody is told.
     cut: Vec<AtomicBool>,
     behaviour: Behaviour,
+    frames_sent: AtomicUsize,
 }
 
 /// How unkind the wire is, within what it promises.
@@ -70,6 +71,7 @@ impl Net {
             inboxes: (0..world_size).map(|_| Mutex::default()).collect(),
             cut: (0..world_size).map(|_| AtomicBool::new(false)).collect(),
             behaviour,
+            frames_sent: AtomicUsize::new(0),
         })
     }
 
@@ -78,6 +80,16 @@ impl Net {
         let make_wire = move || Ok::<_, ()>(ThreadWire::new(net, rank));
         let engine = Engine::start(deadline, make_wire);
         Arc::new(engine.ok().expect("a thread, and no failure"))
+    }
+
+    /// Cuts the wire of a rank: nothing comes, nothing goes, and nobody is told.
+    pub(crate) fn cut(&self, rank: Rank) {
+        self.cut[rank].store(true, Ordering::SeqCst);
+    }
+
+    /// Frames that the ranks have sent so far.
+    pub(crate) fn frames_sent(&self) -> usize {
+        self.frames_sent.load(Ordering::SeqCst)
     }
 
     fn is_cut(&self, rank: Rank) -> bool {
@@ -114,6 +126,7 @@ impl Wire<HostBuffer> for ThreadWire {
     }
 
     fn send_frame(&mut self, peer: Rank, frame: Vec<u8>) {
+        self.net.frames_sent.fetch_add(1, Ordering::SeqCst);
         if !self.net.is_cut(self.rank) && !self.net.is_cut(peer) {
             let mut inbox = self.net.inboxes[peer].lock().unwrap();
             inbox.frames.push((self.rank, frame));
@@ -319,7 +332,7 @@ fn a_cut_wire_ends_at_the_deadline() {
                 let engine = net.engine(rank, BRIEF);
                 let endpoint = join(&engine, deadline).unwrap();
                 if met.wait().is_leader() {
-                    net.cut[0].store(true, Ordering::SeqCst);
+                    net.cut(0);
                 }
                 met.wait();
                 let start = Instant::now();
