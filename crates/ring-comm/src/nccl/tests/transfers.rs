@@ -201,12 +201,9 @@ fn large_patterns_are_cut_into_groups() {
             ranks.send(round * PEERS + peer, transfer);
             ranks.receive(round * PEERS + peer, transfer);
         }
-        if round == 0 {
-            ranks.look_until_quiet();
-            ranks.world.fabric.hold(true);
-        }
+        ranks.look_until_quiet();
+        ranks.world.fabric.hold(true);
     }
-    ranks.look_until_quiet();
     ranks.world.fabric.hold(false);
     ranks.look_until_quiet();
     assert_eq!(ranks.sent[0].len(), 3 * PEERS);
