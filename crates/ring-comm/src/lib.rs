@@ -8,6 +8,7 @@
 //! - [`buffer`]: the memory that travels;
 //! - [`Transport`]: one rank's endpoint, the seam between backends and users;
 //! - [`Loopback`]: the backend in which ranks are threads of one process;
+//! - [`Tcp`]: the backend in which ranks are processes, started by anything that tells them their place;
 //! - `Mpi`: with the feature `mpi`, the backend in which ranks are processes under `mpirun`;
 //! - [`Communicator`]: a transport with the numbering of operations and the check that all ranks plan the same;
 //! - [`BufferPool`]: memory of messages, kept for the next ones;
@@ -80,17 +81,10 @@ mod mpi;
 pub mod nccl;
 pub mod pool;
 pub mod recorder;
-#[cfg(any(test, feature = "mpi", feature = "nccl"))]
-#[cfg_attr(
-    not(any(feature = "mpi", feature = "nccl")),
-    expect(
-        dead_code,
-        unreachable_pub,
-        reason = "the tests alone do not use all of it"
-    )
-)]
 mod remote;
+mod staged;
 mod subgroup;
+pub mod tcp;
 pub mod trace;
 mod transport;
 
@@ -101,7 +95,8 @@ pub use loopback::{Loopback, LoopbackEndpoint, RankPanic};
 pub use mpi::{Mpi, MpiError};
 pub use pool::BufferPool;
 pub use recorder::{FlightRecord, FlightRecorder};
-#[cfg(feature = "mpi")]
 pub use remote::RemoteEndpoint;
+pub use staged::{Staged, Staging};
+pub use tcp::{Tcp, TcpError};
 pub use trace::Trace;
 pub use transport::*;

@@ -26,11 +26,8 @@ mod state;
 pub(crate) mod threads;
 mod wire;
 
-#[cfg(any(feature = "mpi", feature = "nccl"))]
 pub use endpoint::RemoteEndpoint;
-#[cfg(any(feature = "mpi", feature = "nccl"))]
 pub(crate) use engine::{Engine, StartError};
-#[cfg(any(feature = "mpi", all(test, feature = "nccl")))]
-pub(crate) use wire::host_room_for;
-#[cfg(any(feature = "mpi", feature = "nccl"))]
-pub(crate) use wire::{End, Event, Wire};
+#[cfg(test)]
+pub(crate) use threads::{panics, run_on_threads};
+pub(crate) use wire::{End, Event, Wire, host_room_for};

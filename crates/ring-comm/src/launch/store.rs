@@ -41,11 +41,12 @@
 //!    unasked.
 
 mod client;
+pub(crate) mod connection;
 mod error;
-mod handshake;
+pub(crate) mod handshake;
 mod hub;
 mod server;
-mod wire;
+pub(crate) mod wire;
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -131,7 +132,7 @@ pub struct Store {
     deadline: Duration,
     // Dropped in this order: rank 0 says goodbye to itself, then to everybody.
     client: Client,
-    _server: Option<Server>,
+    server: Option<Server>,
 }
 
 impl Store {
@@ -164,7 +165,7 @@ impl Store {
                 .map_or(client.peer_address(), Server::listens_at),
             deadline,
             client,
-            _server: server,
+            server,
         })
     }
 
@@ -176,6 +177,15 @@ impl Store {
     /// Number of ranks in the job.
     pub fn world_size(&self) -> usize {
         self.client.world_size()
+    }
+
+    /// The address of this host on which another rank can reach it, because rank 0 does: that of this end of the connection to
+    /// rank 0. On rank 0 it is where the store listens, which may be everywhere.
+    pub(crate) fn local_address(&self) -> Result<SocketAddr, StoreError> {
+        match &self.server {
+            Some(server) => Ok(server.listens_at()),
+            None => self.client.local_address(),
+        }
     }
 
     /// Where rank 0 listens, as seen from here.

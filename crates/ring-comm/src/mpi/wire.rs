@@ -23,7 +23,7 @@ pub(super) const LARGEST_CHUNK: usize = 1 << 30;
 /// The tag of frames on their communicator.
 const FRAME: c_int = 0;
 
-pub(super) struct MpiWire {
+pub(crate) struct MpiWire {
     rank: Rank,
     frames: Comm,
     data: Comm,

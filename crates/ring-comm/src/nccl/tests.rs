@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     deadline::Deadline,
-    device::{Device, Direction, Half, Status},
+    device::{Device, Direction, Half},
     fake::Fabric,
     library::UniqueId,
     wire::{LARGEST_GROUP, NcclWire},
@@ -19,8 +19,8 @@ use crate::{
     error::CommErrorKind,
     loopback::RankPanic,
     remote::{
-        Engine, RemoteEndpoint,
-        threads::{Behaviour, Net, PATIENT, ThreadWire, join, panics_of, run_ranks},
+        Engine, RemoteEndpoint, panics, run_on_threads,
+        threads::{Behaviour, Net, PATIENT, ThreadWire, join},
     },
     transport::{Expected, Payload, Rank, Tag, Transport},
 };
@@ -96,10 +96,10 @@ impl Backend for Fake {
     fn run(&self, world_size: usize, deadline: Duration, body: &RankBody<'_>) -> Vec<RankPanic> {
         let world = self.world(world_size);
         let run = |endpoint: RemoteEndpoint| body(Arc::new(endpoint));
-        panics_of(run_ranks(
+        panics(run_on_threads(
             world_size,
-            deadline,
             |rank| world.engine(rank),
+            deadline,
             run,
         ))
     }

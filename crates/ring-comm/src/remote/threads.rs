@@ -222,20 +222,20 @@ impl Threads {
         body: impl Fn(RemoteEndpoint) -> R + Sync,
     ) -> Vec<thread::Result<R>> {
         let net = Net::new(world_size, self.0);
-        let engine_of = |rank| net.engine(rank, deadline.max(PATIENT));
-        run_ranks(world_size, deadline, engine_of, body)
+        let engine = |rank| net.engine(rank, deadline.max(PATIENT));
+        run_on_threads(world_size, engine, deadline, body)
     }
 }
 
-/// Runs `body` on a thread per rank, in a group joined with the engine that the rank gets.
-pub(crate) fn run_ranks<R: Send>(
+/// What `body` gives on every rank of a new group, each on a thread of its own, with what `engine` gives there.
+pub(crate) fn run_on_threads<R: Send>(
     world_size: usize,
+    engine: impl Fn(Rank) -> Arc<Engine> + Sync,
     deadline: Duration,
-    engine_of: impl Fn(Rank) -> Arc<Engine> + Sync,
     body: impl Fn(RemoteEndpoint) -> R + Sync,
 ) -> Vec<thread::Result<R>> {
     let run = |rank| {
-        let engine = engine_of(rank);
+        let engine = engine(rank);
         let endpoint = join(&engine, deadline).unwrap();
         let body = AssertUnwindSafe(|| {
             let _membership = endpoint.membership();
@@ -254,8 +254,8 @@ pub(crate) fn run_ranks<R: Send>(
     })
 }
 
-/// Ranks that panicked.
-pub(crate) fn panics_of(results: Vec<thread::Result<()>>) -> Vec<RankPanic> {
+/// The panics among what ranks give.
+pub(crate) fn panics(results: Vec<thread::Result<()>>) -> Vec<RankPanic> {
     let panic = |(rank, result): (Rank, thread::Result<()>)| {
         let payload = result.err()?;
         Some(RankPanic::new(rank, payload.as_ref()))
@@ -270,7 +270,7 @@ pub(crate) fn join(engine: &Arc<Engine>, deadline: Duration) -> Result<RemoteEnd
 
 impl Backend for Threads {
     fn run(&self, world_size: usize, deadline: Duration, body: &RankBody<'_>) -> Vec<RankPanic> {
-        panics_of(Threads::run(self, world_size, deadline, |endpoint| {
+        panics(Threads::run(self, world_size, deadline, |endpoint| {
             body(Arc::new(endpoint));
         }))
     }

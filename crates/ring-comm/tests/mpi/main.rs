@@ -1,63 +1,42 @@
 //! The MPI backend keeps the promises of a transport, and survives what happens to processes.
 //!
-//! Without arguments of its own this program launches itself under `mpirun`, once per world size for the conformance suite and once
-//! per scenario of a failure; a rank finds its task in the environment. Words on the command line choose among the tests.
+//! The ranks are started by `mpirun`; `RING_MPIRUN_OPTIONS` adds options to it.
 
-mod faults;
-mod launch;
+#[path = "../processes/mod.rs"]
+mod processes;
 mod transfers;
 
 use std::{
     env,
-    panic::{AssertUnwindSafe, catch_unwind},
-    process::ExitCode,
-    sync::Arc,
-    time::Duration,
+    process::{Command, ExitCode},
 };
 
-use launch::{TASK, launch};
-use ring_comm::{
-    Mpi, RankPanic,
-    conformance::{self, Backend, RankBody, Staging},
+use processes::{
+    PATIENT, Test, conform, faults,
+    launch::{Outcome, run, this_program},
 };
-
-/// Longer than anything takes on a busy machine.
-const PATIENT: Duration = Duration::from_secs(60);
-
-/// One test: what it is called and what it launches.
-struct Test {
-    name: String,
-    run: Box<dyn Fn()>,
-}
-
-impl Test {
-    fn new(name: impl Into<String>, run: impl Fn() + 'static) -> Self {
-        Self {
-            name: name.into(),
-            run: Box::new(run),
-        }
-    }
-}
+use ring_comm::Mpi;
 
 fn main() -> ExitCode {
-    match env::var(TASK) {
-        Ok(task) => perform(&task),
-        Err(_) => run_tests(),
-    }
+    processes::main(perform, tests)
 }
 
 /// What one rank does.
-fn perform(task: &str) -> ExitCode {
+fn perform(task: &str) {
     match task {
         "conformance" => {
             let mpi = Mpi::init(PATIENT).unwrap();
-            conformance::run_all(&Processes(&mpi));
+            let group = |deadline| mpi.group_within(PATIENT, deadline).unwrap();
+            conform(mpi.world_size(), &group);
         }
         "chunks" => transfers::in_chunks(),
         "large" => transfers::large(),
-        scenario => faults::perform(scenario),
+        scenario => {
+            let mpi = Mpi::init(PATIENT).unwrap();
+            let group = |deadline| mpi.group_within(PATIENT, deadline).unwrap();
+            faults::perform(scenario, group);
+        }
     }
-    ExitCode::SUCCESS
 }
 
 fn tests() -> Vec<Test> {
@@ -66,7 +45,7 @@ fn tests() -> Vec<Test> {
         Test::new(format!("mpi conforms with {world_size} ranks"), run)
     });
     let alone = Test::new("a process without mpirun is a world of its own", || {
-        launch::launch_alone("conformance").expect_success();
+        run(vec![this_program()], "conformance", 1).expect_success();
     });
     let chunks = Test::new("messages travel in chunks", || {
         launch("chunks", 2).expect_success();
@@ -80,60 +59,24 @@ fn tests() -> Vec<Test> {
             },
         ));
     }
-    tests.extend(faults::tests());
+    tests.extend(faults::tests(launch));
     tests
 }
 
-fn run_tests() -> ExitCode {
-    let words: Vec<String> = env::args()
-        .skip(1)
-        .filter(|word| !word.starts_with('-'))
-        .collect();
-    let is_chosen =
-        |test: &Test| words.is_empty() || words.iter().any(|word| test.name.contains(word));
-    let mut failed = Vec::new();
-    for test in tests().into_iter().filter(is_chosen) {
-        let has_passed = catch_unwind(AssertUnwindSafe(|| (test.run)())).is_ok();
-        println!(
-            "test {} ... {}",
-            test.name,
-            if has_passed { "ok" } else { "FAILED" }
-        );
-        if !has_passed {
-            failed.push(test.name);
-        }
+/// Has `world_size` ranks perform `task`, under `mpirun`.
+fn launch(task: &str, world_size: usize) -> Outcome {
+    let mut mpirun = Command::new("mpirun");
+    mpirun.args([
+        "--allow-run-as-root",
+        "--oversubscribe",
+        "--bind-to",
+        "none",
+    ]);
+    // One rank that dies must not take the others with it.
+    mpirun.args(["--enable-recovery", "-n", &world_size.to_string()]);
+    if let Ok(options) = env::var("RING_MPIRUN_OPTIONS") {
+        mpirun.args(options.split_whitespace());
     }
-    if failed.is_empty() {
-        return ExitCode::SUCCESS;
-    }
-    eprintln!("{} tests failed: {failed:#?}", failed.len());
-    ExitCode::FAILURE
-}
-
-/// The processes of one `mpirun`; a case with another number of ranks is left to another one.
-struct Processes<'a>(&'a Mpi);
-
-impl Backend for Processes<'_> {
-    fn run(&self, world_size: usize, deadline: Duration, body: &RankBody<'_>) -> Vec<RankPanic> {
-        if world_size != self.0.world_size() {
-            return Vec::new();
-        }
-        let endpoint = self.0.group_within(PATIENT, deadline).unwrap();
-        let rank = self.0.rank();
-        match catch_unwind(AssertUnwindSafe(|| body(Arc::new(endpoint)))) {
-            Ok(()) => Vec::new(),
-            Err(payload) => vec![RankPanic {
-                rank,
-                message: launch::panic_message(payload.as_ref()),
-            }],
-        }
-    }
-
-    fn max_world_size(&self) -> usize {
-        self.0.world_size()
-    }
-
-    fn staging(&self) -> Staging {
-        Staging::Messages
-    }
+    mpirun.arg(this_program().get_program());
+    run(vec![mpirun], task, world_size)
 }

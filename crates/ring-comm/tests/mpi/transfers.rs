@@ -5,7 +5,7 @@ use ring_comm::{
     buffer::{DType, HostBuffer},
 };
 
-use crate::PATIENT;
+use crate::processes::PATIENT;
 
 /// Sizes around those of one and of two chunks, both ways at once, several on their way.
 pub(crate) fn in_chunks() {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    fmt, io,
+    fmt,
     net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
@@ -12,12 +12,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use socket2::{SockRef, TcpKeepalive};
-
 use super::{
     MAX_STORED_BYTES, Membership,
+    connection::{self, Timed, after},
     error::{Failure, FailureKind, StoreError},
-    handshake::{self, JoinError, Timed},
+    handshake::{self, JoinError},
     hub::shortened,
     wire::{Answer, FrameError, MAX_FRAME, Question, Refusal, Request, read_frame, write_queue},
 };
@@ -37,9 +36,6 @@ const ABORT_GRACE: Duration = Duration::from_secs(1);
 
 /// How long a rank that leaves waits for what it has sent to be taken.
 const LEAVING_GRACE: Duration = Duration::from_secs(2);
-
-/// When a silent connection is asked whether its host still lives, how often again, and how many times in vain.
-const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(10), Duration::from_secs(2), 5);
 
 type Callback = Box<dyn FnOnce(&Failure) + Send>;
 
@@ -174,6 +170,15 @@ impl Client {
 
     pub(super) fn peer_address(&self) -> SocketAddr {
         self.address
+    }
+
+    pub(super) fn local_address(&self) -> Result<SocketAddr, StoreError> {
+        self.stream
+            .local_addr()
+            .map_err(|error| StoreError::System {
+                what: "the address of a connection",
+                reason: error.to_string(),
+            })
     }
 
     /// Asks rank 0 and waits for its answer.
@@ -421,12 +426,6 @@ impl State {
     }
 }
 
-/// The end of a wait that begins now; of one that is too long for the clock, in a thousand years.
-fn after(deadline: Duration) -> Instant {
-    const LONGEST: Duration = Duration::from_hours(1000 * 365 * 24);
-    Instant::now() + deadline.min(LONGEST)
-}
-
 /// Tries once to connect and to be let in.
 fn attempt(
     address: &str,
@@ -435,7 +434,7 @@ fn attempt(
 ) -> Result<(TcpStream, SocketAddr), JoinError> {
     let mut last = JoinError::Retry("the name has no address".to_owned());
     for candidate in address.to_socket_addrs()? {
-        let stream = match connect_once(candidate, until) {
+        let stream = match connection::connect(candidate, until) {
             Ok(stream) => stream,
             Err(error) => {
                 last = error.into();
@@ -449,32 +448,4 @@ fn attempt(
         return Ok((stream, candidate));
     }
     Err(last)
-}
-
-fn connect_once(address: SocketAddr, until: Instant) -> io::Result<TcpStream> {
-    let remaining = until.saturating_duration_since(Instant::now());
-    if remaining.is_zero() {
-        return Err(io::ErrorKind::TimedOut.into());
-    }
-    let stream = TcpStream::connect_timeout(&address, remaining)?;
-    // Where nobody listens, a socket can be given the very port that it connects to, and then meets itself.
-    if stream.local_addr()? == stream.peer_addr()? {
-        return Err(io::ErrorKind::ConnectionRefused.into());
-    }
-    prepare(&stream)?;
-    Ok(stream)
-}
-
-/// Has small messages sent at once, and the end of the other host noticed.
-pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    let (time, interval, retries) = KEEPALIVE;
-    let keepalive = TcpKeepalive::new()
-        .with_time(time)
-        .with_interval(interval)
-        .with_retries(retries);
-    let socket = SockRef::from(stream);
-    #[cfg(target_os = "linux")]
-    socket.set_tcp_user_timeout(Some(time + interval * retries))?;
-    socket.set_tcp_keepalive(&keepalive)
 }

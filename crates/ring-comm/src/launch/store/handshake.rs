@@ -1,29 +1,42 @@
-//! How a rank and rank 0 find out that they belong together.
+//! How two processes find out that they belong together: a rank and rank 0, or any two ranks.
 
 use std::{
     io::{self, Read, Write},
-    net::{SocketAddr, TcpStream},
-    time::{Duration, Instant},
+    net::SocketAddr,
 };
 
 use hmac::{Hmac, Mac};
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
+use thiserror::Error;
 
 use super::{
     Membership,
+    connection::Timed,
     error::StoreError,
     wire::{FrameError, MAX_HANDSHAKE_FRAME, read_frame, write_frame},
 };
 use crate::transport::Rank;
 
-const MAGIC: [u8; 8] = *b"ringstor";
-const VERSION: u32 = 1;
 const HELLO_BYTES: usize = 44;
 
-/// Heads of what the two sides prove, so that neither can repeat what the other said.
-const FROM_RANK: &[u8; 4] = b"rank";
-const FROM_ZERO: &[u8; 4] = b"zero";
+/// What is to be joined: what is proved of one is no proof of another.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Protocol {
+    /// Begins what both sides say first.
+    pub(crate) magic: [u8; 8],
+    /// Stands after it.
+    pub(crate) version: u32,
+    /// Heads of what who asks and who answers prove, so that neither can repeat what the other said.
+    pub(crate) heads: [&'static [u8; 4]; 2],
+}
+
+/// The store of rank 0.
+pub(super) const STORE: Protocol = Protocol {
+    magic: *b"ringstor",
+    version: 1,
+    heads: [b"rank", b"zero"],
+};
 
 /// A rank asks to be let in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,53 +47,45 @@ pub(super) struct Join {
     pub(super) proof: [u8; 32],
 }
 
-/// What rank 0 says to that.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Verdict {
+/// What is said to that.
+#[derive(Clone, Debug, PartialEq, Eq, Error, Serialize, Deserialize)]
+pub(crate) enum Verdict {
+    #[error("welcome")]
     Welcome { proof: [u8; 32] },
+    #[error("its job token is another")]
     WrongToken,
+    #[error("it is of job {expected:?}")]
     WrongJob { expected: String },
+    #[error("its world size is {expected}")]
     WrongWorldSize { expected: u64 },
+    #[error("there is no such rank")]
     RankOutOfRange,
+    #[error("another process has joined as that rank")]
     DuplicateRank,
+    #[error("it is ending")]
     Closing,
 }
 
-/// A connection on which every wait ends by an instant.
-pub(super) struct Timed<'a> {
-    stream: &'a TcpStream,
-    until: Instant,
+/// Why a process was not let in.
+#[derive(Debug, Error)]
+pub(crate) enum AskError {
+    #[error("no random numbers: {0}")]
+    Random(io::Error),
+    #[error("{0}")]
+    Connection(#[from] FrameError),
+    #[error("something else listens there: it says {:?}", String::from_utf8_lossy(.got))]
+    Foreign { got: [u8; 8] },
+    #[error("it speaks version {theirs} of the protocol")]
+    Version { theirs: u32 },
+    #[error("{0}")]
+    Refused(Verdict),
+    #[error("it does not know the job token")]
+    Impostor,
 }
 
-impl<'a> Timed<'a> {
-    pub(super) fn new(stream: &'a TcpStream, until: Instant) -> Self {
-        Self { stream, until }
-    }
-
-    fn remaining(&self) -> io::Result<Duration> {
-        let remaining = self.until.saturating_duration_since(Instant::now());
-        if remaining.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        Ok(remaining)
-    }
-}
-
-impl Read for Timed<'_> {
-    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        self.stream.set_read_timeout(Some(self.remaining()?))?;
-        self.stream.read(bytes)
-    }
-}
-
-impl Write for Timed<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.stream.set_write_timeout(Some(self.remaining()?))?;
-        self.stream.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.stream.flush()
+impl From<io::Error> for AskError {
+    fn from(error: io::Error) -> Self {
+        AskError::Connection(error.into())
     }
 }
 
@@ -113,20 +118,51 @@ impl From<FrameError> for JoinError {
     }
 }
 
-/// The side of the rank: asks to be let in.
+/// The side of the rank: asks rank 0 to be let in.
 pub(super) fn join(
     stream: &mut Timed<'_>,
     address: SocketAddr,
     membership: &Membership,
 ) -> Result<(), JoinError> {
-    let ours = hello().map_err(|error| {
-        JoinError::Final(StoreError::System {
+    ask(stream, &STORE, membership).map_err(|error| not_joined(error, address, membership))
+}
+
+fn not_joined(error: AskError, address: SocketAddr, membership: &Membership) -> JoinError {
+    let rank = membership.rank;
+    JoinError::Final(match error {
+        AskError::Connection(error) => return error.into(),
+        AskError::Refused(Verdict::Closing) => {
+            return JoinError::Retry(Verdict::Closing.to_string());
+        }
+        AskError::Refused(verdict) => refused(verdict, address, membership),
+        AskError::Foreign { got } => StoreError::NotAStore {
+            address,
+            expected: String::from_utf8_lossy(&STORE.magic).into_owned(),
+            got: String::from_utf8_lossy(&got).into_owned(),
+        },
+        AskError::Version { theirs } => StoreError::Version {
+            rank,
+            address,
+            ours: STORE.version,
+            theirs,
+        },
+        AskError::Impostor => StoreError::Impostor { rank, address },
+        AskError::Random(error) => StoreError::System {
             what: "random numbers",
             reason: error.to_string(),
-        })
-    })?;
+        },
+    })
+}
+
+/// The side of who wants to be let in, to what `protocol` says, as who `membership` says.
+pub(crate) fn ask(
+    stream: &mut Timed<'_>,
+    protocol: &Protocol,
+    membership: &Membership,
+) -> Result<(), AskError> {
+    let ours = protocol.hello().map_err(AskError::Random)?;
     stream.write_all(&ours)?;
-    let theirs = read_hello_of_store(stream, address, membership.rank)?;
+    let theirs = protocol.read_hello_of_host(stream)?;
 
     let transcript = Transcript {
         hellos: [ours, theirs],
@@ -135,29 +171,21 @@ pub(super) fn join(
         job_id: &membership.job_id,
     };
     let token = membership.token.bytes();
+    let [from_guest, from_host] = protocol.heads;
+    let proof = transcript.signed(token, from_guest).finalize();
     let join = Join {
         rank: transcript.rank,
         world_size: transcript.world_size,
         job_id: membership.job_id.clone(),
-        proof: transcript
-            .signed(token, FROM_RANK)
-            .finalize()
-            .into_bytes()
-            .into(),
+        proof: proof.into_bytes().into(),
     };
     write_frame(stream, &join)?;
     match read_frame(stream, MAX_HANDSHAKE_FRAME)? {
         Verdict::Welcome { proof } => transcript
-            .signed(token, FROM_ZERO)
+            .signed(token, from_host)
             .verify_slice(&proof)
-            .map_err(|_| {
-                JoinError::Final(StoreError::Impostor {
-                    rank: membership.rank,
-                    address,
-                })
-            }),
-        Verdict::Closing => Err(JoinError::Retry("it is ending".to_owned())),
-        refusal => Err(JoinError::Final(refused(refusal, address, membership))),
+            .map_err(|_| AskError::Impostor),
+        refusal => Err(AskError::Refused(refusal)),
     }
 }
 
@@ -186,19 +214,20 @@ fn refused(verdict: Verdict, address: SocketAddr, membership: &Membership) -> St
     }
 }
 
-/// The side of rank 0: finds out whether a rank of the job is asking, and refuses it if not.
+/// The side of who is asked: finds out whether a rank of the same job is asking, and refuses it if not.
 ///
 /// Returns its number, and the verdict that lets it in; nothing if it was refused.
-pub(super) fn examine(
+pub(crate) fn examine(
     stream: &mut Timed<'_>,
+    protocol: &Protocol,
     membership: &Membership,
 ) -> Result<Option<(Rank, Verdict)>, FrameError> {
-    let Some(theirs) = read_hello_of_rank(stream)? else {
+    let Some(theirs) = protocol.read_hello_of_guest(stream)? else {
         return Ok(None);
     };
-    let ours = hello()?;
+    let ours = protocol.hello()?;
     stream.write_all(&ours)?;
-    if version(&theirs) != VERSION {
+    if version(&theirs) != protocol.version {
         // The rank learns of that from our hello.
         return Ok(None);
     }
@@ -210,14 +239,15 @@ pub(super) fn examine(
         job_id: &join.job_id,
     };
     let token = membership.token.bytes();
+    let [from_guest, from_host] = protocol.heads;
     let rank = transcript
-        .signed(token, FROM_RANK)
+        .signed(token, from_guest)
         .verify_slice(&join.proof)
         .map_err(|_| Verdict::WrongToken)
         .and_then(|()| belongs(&join, membership));
     match rank {
         Ok(rank) => {
-            let proof = transcript.signed(token, FROM_ZERO).finalize();
+            let proof = transcript.signed(token, from_host).finalize();
             let proof = proof.into_bytes().into();
             Ok(Some((rank, Verdict::Welcome { proof })))
         }
@@ -248,7 +278,7 @@ fn belongs(join: &Join, membership: &Membership) -> Result<Rank, Verdict> {
 
 /// What both sides prove to have seen.
 struct Transcript<'a> {
-    /// The rank's first.
+    /// Of who asks first.
     hellos: [[u8; HELLO_BYTES]; 2],
     rank: u64,
     world_size: u64,
@@ -267,52 +297,44 @@ impl Transcript<'_> {
     }
 }
 
-fn hello() -> io::Result<[u8; HELLO_BYTES]> {
-    let mut hello = [0; HELLO_BYTES];
-    hello[..8].copy_from_slice(&MAGIC);
-    hello[8..12].copy_from_slice(&VERSION.to_le_bytes());
-    getrandom::fill(&mut hello[12..]).map_err(io::Error::other)?;
-    Ok(hello)
+impl Protocol {
+    fn hello(&self) -> io::Result<[u8; HELLO_BYTES]> {
+        let mut hello = [0; HELLO_BYTES];
+        hello[..8].copy_from_slice(&self.magic);
+        hello[8..12].copy_from_slice(&self.version.to_le_bytes());
+        getrandom::fill(&mut hello[12..]).map_err(io::Error::other)?;
+        Ok(hello)
+    }
+
+    /// Reads a hello; nothing if what comes is something else, which is not read any further.
+    fn read_hello_of_guest(&self, stream: &mut impl Read) -> io::Result<Option<[u8; HELLO_BYTES]>> {
+        let mut hello = [0; HELLO_BYTES];
+        stream.read_exact(&mut hello[..8])?;
+        if hello[..8] != self.magic {
+            return Ok(None);
+        }
+        stream.read_exact(&mut hello[8..])?;
+        Ok(Some(hello))
+    }
+
+    /// Reads what answers: a hello of our version, or why it cannot be what was asked for.
+    fn read_hello_of_host(&self, stream: &mut impl Read) -> Result<[u8; HELLO_BYTES], AskError> {
+        let mut hello = [0; HELLO_BYTES];
+        let (magic, rest) = hello.split_at_mut(8);
+        stream.read_exact(magic)?;
+        if *magic != self.magic {
+            let mut got = self.magic;
+            got.copy_from_slice(magic);
+            return Err(AskError::Foreign { got });
+        }
+        stream.read_exact(rest)?;
+        match version(&hello) {
+            theirs if theirs == self.version => Ok(hello),
+            theirs => Err(AskError::Version { theirs }),
+        }
+    }
 }
 
 fn version(hello: &[u8; HELLO_BYTES]) -> u32 {
     u32::from_le_bytes([hello[8], hello[9], hello[10], hello[11]])
-}
-
-/// Reads a hello; nothing if what comes is something else, which is not read any further.
-fn read_hello_of_rank(stream: &mut impl Read) -> io::Result<Option<[u8; HELLO_BYTES]>> {
-    let mut hello = [0; HELLO_BYTES];
-    stream.read_exact(&mut hello[..8])?;
-    if hello[..8] != MAGIC {
-        return Ok(None);
-    }
-    stream.read_exact(&mut hello[8..])?;
-    Ok(Some(hello))
-}
-
-/// Reads what answers as rank 0: a hello of our version, or why it cannot be rank 0.
-fn read_hello_of_store(
-    stream: &mut impl Read,
-    address: SocketAddr,
-    rank: Rank,
-) -> Result<[u8; HELLO_BYTES], JoinError> {
-    let mut hello = [0; HELLO_BYTES];
-    stream.read_exact(&mut hello[..8])?;
-    if hello[..8] != MAGIC {
-        return Err(JoinError::Final(StoreError::NotAStore {
-            address,
-            expected: String::from_utf8_lossy(&MAGIC).into_owned(),
-            got: String::from_utf8_lossy(&hello[..8]).into_owned(),
-        }));
-    }
-    stream.read_exact(&mut hello[8..])?;
-    match version(&hello) {
-        VERSION => Ok(hello),
-        theirs => Err(JoinError::Final(StoreError::Version {
-            rank,
-            address,
-            ours: VERSION,
-            theirs,
-        })),
-    }
 }

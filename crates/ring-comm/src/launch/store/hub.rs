@@ -1,7 +1,7 @@
 //! What rank 0 knows: who has joined, what was set, who waits for what.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::{Shutdown, TcpStream},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
@@ -53,8 +53,14 @@ struct Waiting {
     number: u64,
 }
 
-/// A gather under way: who has contributed what.
-type Gather = HashMap<Rank, (Waiting, Vec<u8>)>;
+/// A gather under way.
+#[derive(Debug, Default)]
+struct Gather {
+    /// Who has contributed what.
+    parts: HashMap<Rank, (Waiting, Vec<u8>)>,
+    /// Who had, and does not wait any longer: it was not missing.
+    gone: HashSet<Rank>,
+}
 
 #[derive(Debug, Default)]
 struct State {
@@ -264,15 +270,16 @@ impl State {
             return self.refuse(waiting, Refusal::TooLong);
         }
         let gather = self.gathers.entry(name.clone()).or_default();
-        if gather.contains_key(&waiting.rank) {
+        if gather.parts.contains_key(&waiting.rank) {
             return self.refuse(waiting, Refusal::GatheringAlready);
         }
-        gather.insert(waiting.rank, (waiting, value));
-        if gather.len() == world_size {
+        gather.parts.insert(waiting.rank, (waiting, value));
+        if gather.parts.len() == world_size {
             let mut parts: Vec<_> = self
                 .gathers
                 .remove(&name)
                 .unwrap_or_default()
+                .parts
                 .into_values()
                 .collect();
             parts.sort_by_key(|(waiting, _)| waiting.rank);
@@ -288,15 +295,15 @@ impl State {
     fn forget(&mut self, waiting: Waiting, world_size: usize) {
         let everybody = 0..world_size;
         let gather = self.gathers.values_mut().find(|gather| {
-            gather
-                .get(&waiting.rank)
-                .is_some_and(|(other, _)| *other == waiting)
+            let part = gather.parts.get(&waiting.rank);
+            part.is_some_and(|(other, _)| *other == waiting)
         });
         let missing = if let Some(gather) = gather {
             let missing = everybody
-                .filter(|rank| !gather.contains_key(rank))
+                .filter(|rank| !gather.parts.contains_key(rank) && !gather.gone.contains(rank))
                 .collect();
-            gather.remove(&waiting.rank);
+            gather.parts.remove(&waiting.rank);
+            gather.gone.insert(waiting.rank);
             missing
         } else if self.gets.values().flatten().any(|other| *other == waiting) {
             self.forget_gets(|other| other == waiting);
@@ -306,7 +313,7 @@ impl State {
         } else {
             return;
         };
-        self.gathers.retain(|_, gather| !gather.is_empty());
+        self.gathers.retain(|_, gather| !gather.parts.is_empty());
         let number = waiting.number;
         self.send(waiting.rank, Answer::Forgotten { number, missing });
     }
@@ -340,8 +347,8 @@ impl State {
         self.members.remove(&rank);
         self.forget_gets(|waiting| waiting.rank == rank);
         self.gathers.retain(|_, gather| {
-            gather.remove(&rank);
-            !gather.is_empty()
+            gather.parts.remove(&rank);
+            !gather.parts.is_empty()
         });
     }
 

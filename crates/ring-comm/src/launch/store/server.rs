@@ -10,8 +10,9 @@ use std::{
 
 use super::{
     Membership,
+    connection::{self, Timed},
     error::StoreError,
-    handshake::{self, Timed, Verdict},
+    handshake::{self, STORE, Verdict},
     hub::{Hub, Next},
     wire::{FrameError, MAX_FRAME, read_frame, write_frame, write_queue},
 };
@@ -171,9 +172,9 @@ fn serve(hub: &Arc<Hub>, stream: TcpStream) -> Option<JoinHandle<()>> {
 fn serve_stranger(hub: &Hub, connection: u64, stream: &TcpStream) -> Result<(), FrameError> {
     // Some systems pass this on from the listener.
     stream.set_nonblocking(false)?;
-    super::client::prepare(stream)?;
+    connection::prepare(stream)?;
     let mut timed = Timed::new(stream, Instant::now() + HANDSHAKE_DEADLINE);
-    let Some((rank, welcome)) = handshake::examine(&mut timed, hub.membership())? else {
+    let Some((rank, welcome)) = handshake::examine(&mut timed, &STORE, hub.membership())? else {
         return Ok(());
     };
     let answers = match hub.admit(connection, rank) {

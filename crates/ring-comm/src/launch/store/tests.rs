@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    handshake::Timed,
+    connection::Timed,
     wire::{MAX_FRAME, Request, read_frame, write_frame},
     *,
 };
@@ -175,6 +175,26 @@ fn an_absent_rank_is_named_at_the_deadline() {
     // A deadline ends a wait, not the store.
     let stores = [join(&zero, 1), join(&zero, 3), zero, two];
     on_every_rank(&stores, |store| store.barrier("all", LONG).unwrap());
+}
+
+/// Two wait for a third; the one whose deadline passes first was there all the same.
+#[test]
+fn who_does_not_wait_any_longer_was_not_absent() {
+    let zero = serve(3);
+    let one = join(&zero, 1);
+    let missing = |error| match error {
+        StoreError::Deadline { missing, .. } => missing,
+        error => panic!("{error}"),
+    };
+    let start = Instant::now();
+    thread::scope(|scope| {
+        let second = scope.spawn(|| one.barrier("all", SHORT * 20).unwrap_err());
+        // Until the other has come too.
+        while missing(zero.barrier("all", SHORT / 4).unwrap_err()) != [2] {
+            assert!(start.elapsed() < LONG);
+        }
+        assert_eq!(missing(second.join().unwrap()), [2]);
+    });
 }
 
 #[test]

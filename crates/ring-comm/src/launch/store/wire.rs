@@ -90,7 +90,7 @@ pub(super) enum Refusal {
 
 /// Why no message came.
 #[derive(Debug, Error)]
-pub(super) enum FrameError {
+pub(crate) enum FrameError {
     #[error("the connection was closed")]
     Closed,
     #[error("{0}")]
@@ -131,7 +131,7 @@ fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, FrameError> {
 }
 
 /// Writes one frame.
-pub(super) fn write_frame(writer: &mut impl Write, message: &impl Serialize) -> io::Result<()> {
+pub(crate) fn write_frame(writer: &mut impl Write, message: &impl Serialize) -> io::Result<()> {
     let body = postcard::to_allocvec(message).map_err(io::Error::other)?;
     let len = u32::try_from(body.len()).map_err(io::Error::other)?;
     writer.write_all(&[&len.to_le_bytes(), body.as_slice()].concat())

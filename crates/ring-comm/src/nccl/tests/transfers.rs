@@ -3,10 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::{
-    buffer::Buffer,
-    remote::{Event, Wire},
-};
+use crate::remote::{Event, Wire};
 
 type TestWire = NcclWire<HostBuffer, ThreadWire, super::super::fake::FakeDevice>;
 

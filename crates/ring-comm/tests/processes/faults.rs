@@ -12,13 +12,13 @@ use std::{
 };
 
 use ring_comm::{
-    CommError, CommErrorKind, Expected, Mpi, Payload, Rank, RemoteEndpoint, Tag, Transport,
+    CommError, CommErrorKind, Expected, Payload, Rank, RemoteEndpoint, Tag, Transport,
     buffer::{DType, HostBuffer},
 };
 
-use crate::{
+use super::{
     PATIENT, Test,
-    launch::{Outcome, folder, launch, report},
+    launch::{Launch, Outcome, folder, report},
 };
 
 const RANKS: usize = 3;
@@ -84,7 +84,8 @@ impl Fault {
     }
 }
 
-pub(crate) fn tests() -> Vec<Test> {
+/// One test for every fault of the first and of the last rank.
+pub(crate) fn tests(launch: Launch) -> Vec<Test> {
     let cases = Fault::ALL
         .into_iter()
         .flat_map(|fault| [0, RANKS - 1].map(|victim| (fault, victim)));
@@ -114,12 +115,13 @@ fn expect(fault: Fault, victim: Rank, outcome: &Outcome) {
             "rank {rank}: {finding}"
         );
     }
-    // mpirun waits for all; nobody may linger, not even for a deadline that is much later.
+    // All have been waited for; nobody may linger, not even for a deadline that is much later.
     let latest = latest + Duration::from_secs(15);
     assert!(outcome.took <= latest, "it all took {:?}", outcome.took);
 }
 
-pub(crate) fn perform(scenario: &str) {
+/// What one rank does, with an endpoint that has the deadline for which `group` is asked.
+pub(crate) fn perform(scenario: &str, group: impl FnOnce(Duration) -> RemoteEndpoint) {
     let named = |fault: &Fault, victim: Rank| format!("{fault:?}-{victim}") == scenario;
     let cases = Fault::ALL
         .into_iter()
@@ -127,8 +129,7 @@ pub(crate) fn perform(scenario: &str) {
     let mut cases = cases.filter(|(fault, victim)| named(fault, *victim));
     let (fault, victim) = cases.next().expect("a task that exists");
 
-    let mpi = Mpi::init(PATIENT).unwrap();
-    let endpoint = mpi.group_within(PATIENT, fault.deadline()).unwrap();
+    let endpoint = group(fault.deadline());
     endpoint.all_gather_bytes(0, Vec::new()).unwrap();
     // What a rank has said just before it dies may die with it.
     let have_met = |rank: Rank| folder().join(format!("met-{rank}"));
@@ -281,7 +282,7 @@ fn has_exchanged(rank: Rank) -> PathBuf {
     folder().join(format!("exchanged-{rank}"))
 }
 
-fn wait_until(condition: impl Fn() -> bool) {
+pub(crate) fn wait_until(condition: impl Fn() -> bool) {
     let start = Instant::now();
     while !condition() {
         assert!(start.elapsed() < PATIENT, "another rank does not come");
