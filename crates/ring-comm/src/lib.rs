@@ -93,6 +93,8 @@ pub use error::{CommError, CommErrorKind, Disagreement};
 pub use loopback::{Loopback, LoopbackEndpoint, RankPanic};
 #[cfg(feature = "mpi")]
 pub use mpi::{Mpi, MpiError};
+#[cfg(feature = "nccl")]
+pub use nccl::{Nccl, NcclEndpoint, NcclError};
 pub use pool::BufferPool;
 pub use recorder::{FlightRecord, FlightRecorder};
 pub use remote::RemoteEndpoint;

@@ -55,10 +55,7 @@ pub(crate) fn wire_over(
     launch: &Launch,
     until: Instant,
 ) -> Result<TcpWire, TcpError> {
-    let mesh = match launch.world_size.value {
-        1 => Mesh::alone(),
-        _ => Mesh::connect_over(store, launch, until)?,
-    };
+    let mesh = Mesh::connect_over(store, launch, until)?;
     TcpWire::new(mesh).map_err(|never| match never {})
 }
 

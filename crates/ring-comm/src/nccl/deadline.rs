@@ -45,6 +45,17 @@ impl Deadline {
         }
     }
 
+    /// How long it was at first.
+    pub(super) fn duration(self) -> Duration {
+        self.deadline
+    }
+
+    /// When it passes; in a day, which is as good as never, if that is too far away for the clock.
+    pub(super) fn instant(self) -> Instant {
+        self.expiry
+            .unwrap_or_else(|| Instant::now() + Duration::from_hours(24))
+    }
+
     /// Waits a moment before the next look.
     pub(super) fn pause(self) {
         thread::sleep(BREAK);

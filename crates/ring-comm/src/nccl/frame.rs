@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::library::UniqueId;
+use super::{library::UniqueId, meeting::Introduction};
 
 /// The last byte of every frame on the line tells whose it is.
 const OF_GROUP: u8 = 0;
@@ -11,6 +11,8 @@ const OF_WIRE: u8 = 1;
 /// What one wire tells another.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum WireFrame {
+    /// Who the sender is; comes before everything else.
+    Introduce(Introduction),
     /// The sender has begun with group `epoch`, and has the communicator that was made in the group of that number; 0 at the start.
     Begin {
         epoch: u64,

@@ -244,6 +244,7 @@ impl fmt::Display for Version {
 }
 
 impl UniqueId {
+    #[cfg(test)]
     pub(super) fn from_bytes(bytes: [u8; UNIQUE_ID_BYTES]) -> Self {
         Self(bytes.to_vec())
     }

@@ -73,18 +73,20 @@ enum Stage {
 impl<B: Buffer, C: Wire<HostBuffer>, D: Device<B>> NcclWire<B, C, D> {
     /// Makes the first communicator, with all ranks, which have the same `id`. What has come over the control wire already is in `heard`.
     pub(super) fn start(
-        control: C,
+        mut control: C,
         mut device: D,
         id: &UniqueId,
-        heard: Vec<Event<HostBuffer>>,
+        mut heard: Vec<Event<HostBuffer>>,
         deadline: Deadline,
     ) -> Result<Self, NcclError> {
         let (rank, world_size) = (control.rank(), control.world_size());
-        device.connect(id, rank, world_size)?;
-        let connected = connect_within(&mut device, deadline);
+        let begun = device.connect(id, rank, world_size);
+        let connected =
+            begun.and_then(|()| connect_within(&mut device, &mut control, &mut heard, deadline));
         if let Err(error) = connected {
             device.abort();
             device.close(false);
+            control.close(End::Alone);
             return Err(error);
         }
         Ok(Self {
@@ -113,6 +115,7 @@ impl<B: Buffer, C: Wire<HostBuffer>, D: Device<B>> NcclWire<B, C, D> {
 
     fn hear_wire(&mut self, peer: Rank, frame: WireFrame) {
         match frame {
+            WireFrame::Introduce(_) => self.accuse(peer, "it introduced itself a second time"),
             WireFrame::Begin {
                 epoch,
                 communicator,
@@ -400,9 +403,22 @@ impl<B: Buffer, C: Wire<HostBuffer>, D: Device<B>> Wire<B> for NcclWire<B, C, D>
     }
 }
 
-/// Waits for the first communicator.
-fn connect_within<B, D: Device<B>>(device: &mut D, deadline: Deadline) -> Result<(), NcclError> {
+/// Waits for the first communicator, and keeps what comes over the control wire meanwhile.
+fn connect_within<B, C: Wire<HostBuffer>, D: Device<B>>(
+    device: &mut D,
+    control: &mut C,
+    heard: &mut Vec<Event<HostBuffer>>,
+    deadline: Deadline,
+) -> Result<(), NcclError> {
     while device.poll()? != Status::Idle {
+        let before = heard.len();
+        control.poll(heard);
+        for event in &heard[before..] {
+            if let Event::Lost { peer, reason } = event {
+                let (rank, reason) = (*peer, reason.clone());
+                return Err(NcclError::PeerLost { rank, reason });
+            }
+        }
         deadline.check(|| "the ranks to make a communicator".to_owned())?;
         deadline.pause();
     }

@@ -38,6 +38,15 @@ impl TcpWire {
         })
     }
 
+    /// Of a single rank.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn alone() -> Self {
+        Self {
+            rank: 0,
+            links: vec![None],
+        }
+    }
+
     /// The connection to a peer that is not lost.
     fn link(&mut self, peer: Rank) -> Option<&mut Link> {
         self.links.get_mut(peer)?.as_mut()
