@@ -17,11 +17,13 @@
 //! What it adds to the rules at the head of [`Transport`](crate::Transport)'s module:
 //!
 //! - A send copies: it yields its own buffer when the data has left. A receive lands in the memory that was brought for it.
-//! - A process that ends is a [`PeerLost`](crate::CommErrorKind::PeerLost) on the others at once. A host or a link that fails
-//!   is one some time after the deadline of [`Launch::deadline`], if no wait passes its own deadline before; with connections
-//!   on which something is on its way only on Linux, elsewhere when the system gives up.
-//! - Frames and data share a connection, and a frame waits for at most a piece of data of 1 MiB and what the system has taken.
-//! - Every rank has a connection to every other: in `P` ranks `P - 1` open files each.
+//! - A process that ends is a [`PeerLost`](crate::CommErrorKind::PeerLost) on the others at once. So is a host or a link that
+//!   fails, also when nothing is sent: a quarter later than [`Launch::deadline`] at most, not before five seconds, nor when a
+//!   wait has passed its own deadline before. If something is on its way just then, only Linux keeps to that; other systems
+//!   take as long as they please.
+//! - Control data waits for no message: messages travel when their receiver has asked for them, and in pieces of 1 MiB.
+//! - Every rank has a connection to every other, and looks at all of them again and again: for tens of ranks, not for
+//!   thousands.
 
 mod door;
 mod error;

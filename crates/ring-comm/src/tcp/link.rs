@@ -115,6 +115,11 @@ impl Link {
         self.outgoing = Outgoing::new(MAX_PIECE_BYTES);
     }
 
+    #[cfg(test)]
+    pub(super) fn is_broken(&self) -> bool {
+        self.broken.is_some()
+    }
+
     /// Whether data is here that is to leave, or memory for data that is to come.
     pub(super) fn is_busy(&self) -> bool {
         self.outgoing.has_data() || self.incoming.is_expecting()

@@ -5,13 +5,15 @@ mod stream;
 
 use std::{
     collections::BTreeMap,
+    io::Write,
+    net::{TcpListener, TcpStream},
     panic::resume_unwind,
     sync::{Arc, Mutex},
     thread,
     time::{Duration, Instant},
 };
 
-use super::{Tcp, TcpError, mesh::Mesh};
+use super::{Tcp, TcpError, link::Link, mesh::Mesh, record::Record};
 use crate::{
     buffer::{Buffer, DType, HostBuffer},
     conformance::{self, Backend, RankBody, Staging},
@@ -21,7 +23,7 @@ use crate::{
         store::{Membership, Store},
     },
     loopback::RankPanic,
-    remote::{RemoteEndpoint, panics, run_on_threads},
+    remote::{Event, RemoteEndpoint, panics, run_on_threads},
     transport::{Expected, Payload, Rank, Tag, Transport},
 };
 
@@ -246,6 +248,68 @@ fn what_is_abandoned_does_not_disturb_the_next_group() {
         });
     }
     part(job);
+}
+
+/// Rank 2 fails and leaves at once, with large messages on their way to it that it never reads.
+#[test]
+fn the_last_words_of_a_rank_arrive() {
+    const LARGE: usize = 8 << 20;
+    for _ in 0..5 {
+        let ranks = job(3).into_iter().map(|tcp| Mutex::new(Some(tcp)));
+        let ranks: Vec<_> = ranks.collect();
+        on_threads(3, |rank| {
+            let tcp = ranks[rank].lock().unwrap().take().unwrap();
+            let endpoint = tcp.group(PATIENT).unwrap();
+            let peers = || (0..3).filter(|&peer| peer != rank);
+            let receive = |peer| endpoint.irecv(peer, tag(0), f32s(LARGE));
+            let receives: Vec<_> = peers().map(receive).collect();
+            let large = || HostBuffer::zeros(DType::F32, LARGE);
+            let sends: Vec<_> = peers()
+                .map(|peer| endpoint.isend(peer, tag(0), large()))
+                .collect();
+            if rank == 2 {
+                endpoint.abort("staged");
+                return;
+            }
+            let received = receives.into_iter().map(|receive| receive?.wait());
+            // Some may have succeeded before.
+            let failed = received.filter_map(Result::err).collect::<Vec<_>>();
+            let gathered = endpoint.all_gather_bytes(0, Vec::new());
+            for error in failed.into_iter().chain([gathered.unwrap_err()]) {
+                let kind = &error.root().kind;
+                let is_abort = matches!(kind, CommErrorKind::Aborted { culprit: 2, .. });
+                assert!(is_abort, "{error}");
+            }
+            drop(sends);
+        });
+    }
+}
+
+/// Nothing can be written any more, but what the peer has said before can be read.
+#[test]
+fn what_was_said_before_a_connection_broke_is_heard() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (own, _) = listener.accept().unwrap();
+    own.set_nonblocking(true).unwrap();
+    let mut link = Link::new(1, own);
+    let mut said = Record::Frame { len: 4 }.header().to_vec();
+    said.extend(b"last");
+    peer.write_all(&said).unwrap();
+    // It does not read this, so its end is a reset.
+    link.send_frame(b"unread".to_vec());
+    drop(peer);
+    let start = Instant::now();
+    while !link.is_broken() {
+        link.send_frame(b"nobody reads this".to_vec());
+        assert!(start.elapsed() < PATIENT);
+    }
+    let mut events = Vec::new();
+    link.poll(&mut events).unwrap_err();
+    let [Event::Frame { peer: 1, bytes }] = &events[..] else {
+        panic!("{events:?}");
+    };
+    assert_eq!(bytes, b"last");
 }
 
 #[test]

@@ -297,13 +297,13 @@ fn send_signal(signal: &str, process: &str) {
     assert!(status.unwrap().success());
 }
 
-fn note_fault() {
+pub(crate) fn note_fault() {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let nanoseconds = now.unwrap().as_nanos().to_string();
     fs::write(folder().join("fault"), nanoseconds).unwrap();
 }
 
-fn since_fault() -> Duration {
+pub(crate) fn since_fault() -> Duration {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let noted = fs::read_to_string(folder().join("fault")).unwrap();
     let noted: u64 = noted.parse().unwrap();

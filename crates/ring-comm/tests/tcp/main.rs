@@ -2,6 +2,7 @@
 //!
 //! The ranks are started one by one, with torchrun's variables.
 
+mod cut;
 #[path = "../processes/mod.rs"]
 mod processes;
 mod repeated;
@@ -37,6 +38,7 @@ fn perform(task: &str) {
     match task {
         "conformance" => conform(tcp.world_size(), &group),
         repeated::GROUPS => repeated::many_groups(&tcp),
+        cut::IDLE | cut::BUSY => cut::perform(task, &tcp),
         shift::SHIFT => shift::time(&tcp),
         scenario => faults::perform(scenario, group),
     }
@@ -53,6 +55,7 @@ fn tests() -> Vec<Test> {
     tests.extend(repeated::tests());
     tests.extend(start::tests());
     tests.extend(faults::tests(launch));
+    tests.extend(cut::tests());
     tests
 }
 

@@ -1,7 +1,8 @@
 //! What can go wrong when ranks meet: which error each of them gets, and how soon.
 
 use std::{
-    env,
+    env, fs,
+    net::TcpListener,
     process::Command,
     time::{Duration, Instant},
 };
@@ -54,9 +55,30 @@ pub(crate) fn perform(task: &str) {
         &format!("{found} {after} {}", text.unwrap_or_default()),
     );
     if let Ok(tcp) = met {
+        assert_eq!(listening(), 0, "all ranks are here");
         let endpoint = tcp.group(PATIENT).unwrap();
         endpoint.all_gather_bytes(0, Vec::new()).unwrap();
     }
+}
+
+/// How many of this process's sockets listen; none where the system does not tell.
+fn listening() -> usize {
+    const LISTENS: &str = "0A";
+    let Ok(own) = fs::read_dir("/proc/self/fd") else {
+        return 0;
+    };
+    let targets = own.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+    let own: Vec<String> = targets.map(|target| target.display().to_string()).collect();
+    let tables = ["tcp", "tcp6"].map(|table| fs::read_to_string(format!("/proc/self/net/{table}")));
+    let tables = tables.map(Result::unwrap_or_default).concat();
+    let is_own_listener = |line: &&str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [_, _, _, LISTENS, _, _, _, _, _, inode, ..] = fields[..] else {
+            return false;
+        };
+        own.contains(&format!("socket:[{inode}]"))
+    };
+    tables.lines().filter(is_own_listener).count()
 }
 
 /// What went wrong, and whose fault it is, in one word.
@@ -76,6 +98,8 @@ fn kind(error: &TcpError) -> String {
 
 pub(crate) fn tests() -> Vec<Test> {
     vec![
+        Test::new("rank 0 may listen everywhere", everywhere),
+        Test::new("ranks meet at an address of version 6", version_six),
         Test::new("an absent rank is named at the deadline", absent_rank),
         Test::new("an absent rank 0 is named at the deadline", absent_zero),
         Test::new("a wrong token is refused at once", wrong_token),
@@ -127,6 +151,32 @@ fn expect_at_once(outcome: &Outcome, rank: usize, kind: &str) {
 fn expect_at_deadline(outcome: &Outcome, rank: usize, kinds: &[&str]) {
     let earliest = DEADLINE - DEADLINE / 4;
     expect(outcome, rank, kinds, earliest, DEADLINE + SOON);
+}
+
+fn expect_met(outcome: &Outcome) {
+    for rank in 0..RANKS {
+        expect_at_once(outcome, rank, "met");
+    }
+    outcome.expect_success();
+}
+
+fn everywhere() {
+    let port = Port::reserve();
+    let mut ranks = everybody(&port);
+    ranks[0].env("MASTER_ADDR", "0.0.0.0");
+    expect_met(&meet(ranks));
+}
+
+fn version_six() {
+    if let Err(error) = TcpListener::bind("[::1]:0") {
+        return println!("    not run: this host has no such address: {error}");
+    }
+    let port = Port::reserve();
+    let mut ranks = everybody(&port);
+    for rank in &mut ranks {
+        rank.env("MASTER_ADDR", "::1");
+    }
+    expect_met(&meet(ranks));
 }
 
 fn absent_rank() {
