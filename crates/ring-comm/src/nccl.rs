@@ -169,9 +169,7 @@ impl<M: DeviceMemory> Nccl<M> {
     ) -> Result<Self, NcclError> {
         let deadline = Deadline::after(launch.deadline.value);
         let opened = Opened::open(launch, device, allocator);
-        Self::start(deadline, opened, || {
-            crate::mpi::start_wire().map_err(|error| NcclError::Control(error.to_string()))
-        })
+        Self::start(deadline, opened, || Ok(crate::mpi::start_wire()?))
     }
 
     fn start<C: Wire<HostBuffer>>(
@@ -270,12 +268,11 @@ impl<M: DeviceMemory> Opened<M> {
 
 /// Connects this process with all others for control.
 fn connect(launch: &Launch, deadline: Deadline) -> Result<TcpWire, NcclError> {
-    let failed = |error: &dyn fmt::Display| NcclError::Control(error.to_string());
     if launch.world_size.value == 1 {
         return Ok(TcpWire::alone());
     }
-    let store = launch.open_store().map_err(|error| failed(&error))?;
-    tcp::wire_over(&store, launch, deadline.instant()).map_err(|error| failed(&error))
+    let store = launch.open_store()?;
+    Ok(tcp::wire_over(&store, launch, deadline.instant())?)
 }
 
 /// Meets the others and makes the first communicator with them.

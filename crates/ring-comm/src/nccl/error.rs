@@ -5,7 +5,9 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::library::{LIBRARY_VARIABLE, Version};
-use crate::transport::Rank;
+#[cfg(feature = "mpi")]
+use crate::mpi::MpiError;
+use crate::{launch::LaunchError, tcp::TcpError, transport::Rank};
 
 /// Why NCCL cannot be used, or cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -130,9 +132,16 @@ pub enum NcclError {
         /// The time waited.
         deadline: Duration,
     },
-    /// The wire for control frames cannot be made.
-    #[error("no connection for control: {0}")]
-    Control(String),
+    /// Nothing says where the ranks meet, or they cannot meet there.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// The ranks cannot be connected by TCP, for control.
+    #[error(transparent)]
+    Tcp(#[from] TcpError),
+    /// MPI, which is to connect the ranks for control, cannot be used.
+    #[cfg(feature = "mpi")]
+    #[error(transparent)]
+    Mpi(#[from] MpiError),
     /// The operating system refused a thread.
     #[error("no thread for NCCL: {0}")]
     Thread(String),

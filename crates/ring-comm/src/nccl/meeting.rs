@@ -78,7 +78,7 @@ fn exchange<C: Wire<HostBuffer>>(
                 Event::Lost { peer, reason } if known[peer].is_none() => {
                     return Err(NcclError::PeerLost { rank: peer, reason });
                 }
-                Event::Failed { reason } => return Err(NcclError::Control(reason)),
+                Event::Failed { reason } => return Err(NcclError::Rendezvous(reason)),
                 other => heard.push(other),
             }
         }
