@@ -230,3 +230,36 @@ fn configuration() -> sys::ncclConfig_t {
         maxP2pPeers: UNDEFINED,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    /// Without a driver NCCL's own error comes back, with its words; on a machine without the library there is nothing to see.
+    #[test]
+    fn without_a_gpu_joining_fails() {
+        let Ok(library) = NcclLibrary::load() else {
+            return println!("not run: no NCCL");
+        };
+        if CudaDevice::count().is_ok() {
+            return println!("not run: there is a GPU");
+        }
+        let id = library.unique_id().unwrap();
+        let joined = Communicator::begin(&library, &id, 0, 1).and_then(|communicator| {
+            let expiry = Instant::now() + Duration::from_secs(30);
+            let settled = loop {
+                match communicator.is_settled() {
+                    Ok(false) if Instant::now() < expiry => thread::yield_now(),
+                    settled => break settled,
+                }
+            };
+            communicator.abort_now();
+            settled
+        });
+        let error = joined.unwrap_err();
+        println!("{error}");
+        assert!(matches!(error, NcclError::Call { .. }), "{error}");
+    }
+}

@@ -3,10 +3,11 @@
 //! Every rank has a stream, which works on one group after the other. A group first connects all pairs of ranks that its
 //! transfers need and that are not connected, each together with the other rank's group in which the other half is; then its
 //! halves go on, each together with the other half, whose group must be at the head of its stream too. What is issued in orders that do not
-//! fit together waits for ever. There are no tags: a half goes on with the first that fits in the peer's group, whatever was meant.
+//! fit together waits for ever. A send may be over before its receive is issued: there is room for some between connected ranks. There
+//! are no tags: a half goes on with the first that fits in the peer's group, whatever was meant.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard},
 };
 
@@ -26,10 +27,15 @@ pub(super) struct Fabric {
     state: Mutex<State>,
 }
 
+/// Communicator, source, destination.
+type Pair = (UniqueId, Rank, Rank);
+
 struct State {
     streams: Vec<Stream>,
-    /// Communicator, source, destination.
-    connected: BTreeSet<(UniqueId, Rank, Rank)>,
+    connected: BTreeSet<Pair>,
+    /// What is sent and not received, and how many such messages there is room for between two ranks.
+    underway: BTreeMap<Pair, VecDeque<Vec<u8>>>,
+    room: usize,
     communicators: u8,
     /// Most halves of a group.
     largest_group: usize,
@@ -62,10 +68,13 @@ pub(super) struct FakeDevice {
 }
 
 impl Fabric {
-    pub(super) fn new(world_size: usize, steps_per_look: usize) -> Arc<Self> {
+    /// A send needs its receive to go on, unless there is `room` for the message between the two.
+    pub(super) fn new(world_size: usize, steps_per_look: usize, room: usize) -> Arc<Self> {
         let state = State {
             streams: (0..world_size).map(|_| Stream::default()).collect(),
             connected: BTreeSet::new(),
+            underway: BTreeMap::new(),
+            room,
             communicators: 0,
             largest_group: 0,
             steps_per_look,
@@ -131,7 +140,10 @@ impl State {
                 continue;
             };
             for index in 0..group.halves.len() {
-                if self.connect(rank, index) || self.transfer(rank, index) {
+                if self.connect(rank, index)
+                    || self.transfer(rank, index)
+                    || self.buffered(rank, index)
+                {
                     return true;
                 }
             }
@@ -157,7 +169,7 @@ impl State {
             .map(|other| (half.peer, other))
     }
 
-    fn pair(&self, rank: Rank, index: usize) -> Option<(UniqueId, Rank, Rank)> {
+    fn pair(&self, rank: Rank, index: usize) -> Option<Pair> {
         let stream = &self.streams[rank];
         let half = &stream.groups.front()?.halves[index];
         let id = stream.communicator.clone()?;
@@ -197,19 +209,63 @@ impl State {
         let Some((peer, other)) = ready(self) else {
             return false;
         };
-        let bytes = self.streams[rank].groups[0].halves[index]
-            .buffer
-            .as_bytes()
-            .to_vec();
-        let into = self.streams[peer].groups[0].halves[other]
-            .buffer
-            .as_bytes_mut();
-        // As with NCCL, what does not fit is nobody's business.
-        let len = bytes.len().min(into.len());
-        into[..len].copy_from_slice(&bytes[..len]);
+        let pair = self.pair(rank, index);
+        if pair.is_some_and(|pair| {
+            self.underway
+                .get(&pair)
+                .is_some_and(|line| !line.is_empty())
+        }) {
+            // The receive takes what was sent before.
+            return false;
+        }
+        let bytes = self.bytes(rank, index);
+        self.fill(peer, other, &bytes);
         self.complete(rank, index);
         self.complete(peer, other);
         true
+    }
+
+    /// Sends what there is room for, or receives what was sent so.
+    fn buffered(&mut self, rank: Rank, index: usize) -> bool {
+        let is_done = |group: &Group| group.done[index];
+        if self.streams[rank].groups.front().is_none_or(is_done) || !self.is_launched(rank) {
+            return false;
+        }
+        let Some(pair) = self.pair(rank, index) else {
+            return false;
+        };
+        match self.streams[rank].groups[0].halves[index].direction {
+            Direction::Out => {
+                let bytes = self.bytes(rank, index);
+                let line = self.underway.entry(pair).or_default();
+                if line.len() >= self.room {
+                    return false;
+                }
+                line.push_back(bytes);
+            }
+            Direction::In => {
+                let line = self.underway.get_mut(&pair);
+                let Some(bytes) = line.and_then(VecDeque::pop_front) else {
+                    return false;
+                };
+                self.fill(rank, index, &bytes);
+            }
+        }
+        self.complete(rank, index);
+        true
+    }
+
+    fn bytes(&self, rank: Rank, index: usize) -> Vec<u8> {
+        let half = &self.streams[rank].groups[0].halves[index];
+        half.buffer.as_bytes().to_vec()
+    }
+
+    /// As with NCCL, what does not fit is nobody's business.
+    fn fill(&mut self, rank: Rank, index: usize, bytes: &[u8]) {
+        let half = &mut self.streams[rank].groups[0].halves[index];
+        let into = half.buffer.as_bytes_mut();
+        let len = bytes.len().min(into.len());
+        into[..len].copy_from_slice(&bytes[..len]);
     }
 
     fn complete(&mut self, rank: Rank, index: usize) {

@@ -97,7 +97,6 @@ impl<M: DeviceMemory> Gpu<M> {
                 Ok(false) => (Progress::Connecting, Ok(())),
                 Err(error) => (Progress::Connecting, Err(error)),
             },
-            Progress::Idle => (Progress::Idle, self.is_settled().map(drop)),
             Progress::Launching(group) => match self.launched() {
                 Ok(Some(event)) => (Progress::Running(group, event), Ok(())),
                 Ok(None) => (Progress::Launching(group), Ok(())),
@@ -118,7 +117,8 @@ impl<M: DeviceMemory> Gpu<M> {
                 last,
                 group,
             } => (self.abort_further(is_over, last, group), Ok(())),
-            Progress::Unconnected => (Progress::Unconnected, Ok(())),
+            // What another rank does with a communicator that is not in use is no error here; it will show when it is used.
+            Progress::Idle | Progress::Unconnected => (progress, Ok(())),
         }
     }
 

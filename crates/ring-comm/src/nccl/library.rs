@@ -6,6 +6,7 @@
 
 use std::{
     env,
+    error::Error,
     ffi::{CStr, c_char, c_int, c_void},
     fmt,
     sync::Arc,
@@ -115,7 +116,11 @@ impl NcclLibrary {
             // SAFETY: what loading it runs is up to whoever names the library, or installs one with NCCL's name.
             match unsafe { Dynamic::new(name) } {
                 Ok(dynamic) => return Self::of(dynamic, name),
-                Err(error) => reason = error.to_string(),
+                Err(error) => {
+                    reason = error
+                        .source()
+                        .map_or(error.to_string(), ToString::to_string)
+                }
             }
         }
         Err(NcclError::LibraryMissing {

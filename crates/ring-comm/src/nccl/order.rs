@@ -111,6 +111,11 @@ impl Order {
         is_certain.then_some(*first)
     }
 
+    /// Whether nothing is proposed or settled that is not issued.
+    pub(super) fn is_empty(&self) -> bool {
+        self.proposed.is_empty() && self.settled.is_empty()
+    }
+
     /// The transfer is issued.
     pub(super) fn issued(&mut self, position: Position) {
         self.settled.remove(&position);

@@ -29,6 +29,7 @@ use crate::{
 struct Fake {
     control: Behaviour,
     steps_per_look: usize,
+    room: usize,
 }
 
 /// What the ranks of one world share.
@@ -40,11 +41,15 @@ struct World {
 const PROMPT: Fake = Fake {
     control: Behaviour::Prompt,
     steps_per_look: usize::MAX,
+    room: 0,
 };
 const TARDY: Fake = Fake {
     control: Behaviour::Tardy,
     steps_per_look: 1,
+    room: 0,
 };
+/// Sends do not wait for their receives.
+const EAGER: Fake = Fake { room: 2, ..TARDY };
 
 fn first_id() -> UniqueId {
     UniqueId::from_bytes([200; 128])
@@ -54,7 +59,7 @@ impl Fake {
     fn world(&self, world_size: usize) -> World {
         World {
             net: Net::new(world_size, self.control),
-            fabric: Fabric::new(world_size, self.steps_per_look),
+            fabric: Fabric::new(world_size, self.steps_per_look, self.room),
         }
     }
 }
@@ -121,6 +126,11 @@ fn nccl_conforms() {
 #[test]
 fn nccl_conforms_when_everything_is_slow() {
     conformance::run_all(&TARDY);
+}
+
+#[test]
+fn nccl_conforms_when_sends_are_eager() {
+    conformance::run_all(&EAGER);
 }
 
 mod failures;

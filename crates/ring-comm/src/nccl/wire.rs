@@ -10,7 +10,8 @@
 //!   nothing of a group; if there were others in it, their peers would wait for a rank that they have nothing to do with, and the
 //!   argument in [`order`](super::order) would not hold. Both ends know which transfer is the first: they agree on the order.
 //!
-//! A group that fails leaves the communicator of a rank unusable if something was issued on it. So with every group of ranks all
+//! A group that fails leaves the communicator of a rank unusable if something is issued on it and not complete, or is to be issued by
+//! what the rank has agreed on with a peer, which may have sent already. So with every group of ranks all
 //! tell all, before anything else, which communicator they have; if they do not all have the same, rank 0 makes a new one.
 
 use std::{
@@ -325,9 +326,11 @@ impl<B: Buffer, C: Wire<HostBuffer>, D: Device<B>> Wire<B> for NcclWire<B, C, D>
         if self.stage == Stage::Failed {
             return;
         }
+        // A peer may have sent already what this rank has only promised to receive: NCCL would take it for the next message.
+        let is_promised = !self.order.is_empty();
         self.discard();
         let is_in_use = !matches!(self.device.poll(), Ok(Status::Idle | Status::Unconnected));
-        if is_in_use {
+        if is_in_use || is_promised {
             self.communicator = None;
             self.device.abort();
         }

@@ -19,7 +19,7 @@ const NOBODY: [Rank; 0] = [];
 /// Issues the groups of each rank on connected devices; the ranks whose streams do not run empty.
 fn stuck(groups: Vec<Vec<Vec<Half<HostBuffer>>>>) -> Vec<Rank> {
     let world_size = groups.len();
-    let fabric = Fabric::new(world_size, usize::MAX);
+    let fabric = Fabric::new(world_size, usize::MAX, 0);
     for (rank, groups) in groups.into_iter().enumerate() {
         let mut device = fabric.device(rank);
         device.connect(&first_id(), rank, world_size).unwrap();

@@ -18,10 +18,11 @@ struct Ranks {
 
 impl Ranks {
     /// Ranks that have begun with a group.
-    fn new(world_size: usize, steps_per_look: usize) -> Self {
+    fn new(world_size: usize, steps_per_look: usize, room: usize) -> Self {
         let fake = Fake {
             control: Behaviour::Tardy,
             steps_per_look,
+            room,
         };
         let world = fake.world(world_size);
         let start = |rank: Rank| {
@@ -127,8 +128,9 @@ proptest! {
         (world_size, transfers) in transfers(),
         choices in proptest::collection::vec(any::<usize>(), 1..200),
         steps_per_look in 1..3usize,
+        room in 0..3usize,
     ) {
-        let mut ranks = Ranks::new(world_size, steps_per_look);
+        let mut ranks = Ranks::new(world_size, steps_per_look, room);
         let before = ranks.world.net.frames_sent();
         let mut begun: Vec<usize> = Vec::new();
         let mut rest = 0..transfers.len();
@@ -169,7 +171,7 @@ proptest! {
 #[test]
 fn a_shift_is_one_group() {
     const WORLD_SIZE: usize = 4;
-    let mut ranks = Ranks::new(WORLD_SIZE, usize::MAX);
+    let mut ranks = Ranks::new(WORLD_SIZE, usize::MAX, 0);
     for shift in 0..2 {
         let transfer = |rank: Rank| (rank, (rank + 1) % WORLD_SIZE, 1);
         for rank in 0..WORLD_SIZE {
@@ -191,7 +193,7 @@ fn a_shift_is_one_group() {
 #[test]
 fn large_patterns_are_cut_into_groups() {
     const PEERS: usize = 2 * LARGEST_GROUP;
-    let mut ranks = Ranks::new(PEERS + 1, usize::MAX);
+    let mut ranks = Ranks::new(PEERS + 1, usize::MAX, 0);
     for round in 0..3 {
         for peer in 1..=PEERS {
             let transfer = (0, peer, 1);
@@ -205,4 +207,30 @@ fn large_patterns_are_cut_into_groups() {
     ranks.look_until_quiet();
     assert_eq!(ranks.sent[0].len(), 3 * PEERS);
     assert_eq!(ranks.world.fabric.largest_group(), LARGEST_GROUP);
+}
+
+/// Rank 0 has sent, and NCCL has taken it, what rank 1 has promised to receive, when both hear that the group has failed.
+#[test]
+fn what_was_sent_in_a_group_that_failed_is_not_received_in_the_next() {
+    let mut ranks = Ranks::new(2, usize::MAX, 1);
+    // The two must be connected.
+    ranks.send(0, (0, 1, 1));
+    ranks.receive(0, (0, 1, 1));
+    ranks.look_until_quiet();
+    assert_eq!(ranks.received[1], [(0, 0, message(0, 1))]);
+
+    ranks.send(1, (0, 1, 1));
+    ranks.receive(1, (0, 1, 1));
+    while ranks.sent[0].len() < 2 {
+        ranks.look(0);
+    }
+    ranks.wires.iter_mut().for_each(Wire::fail);
+    ranks.wires.iter_mut().for_each(|wire| wire.begin(2));
+    ranks.look_until_quiet();
+    assert_eq!(ranks.received[1].len(), 1);
+
+    ranks.send(2, (0, 1, 1));
+    ranks.receive(2, (0, 1, 1));
+    ranks.look_until_quiet();
+    assert_eq!(ranks.received[1][1..], [(0, 2, message(2, 1))]);
 }
