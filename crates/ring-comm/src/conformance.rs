@@ -10,7 +10,10 @@ mod exchange;
 mod faults;
 mod groups;
 mod history;
+mod hosted;
 mod misuse;
+
+pub use hosted::Hosted;
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},

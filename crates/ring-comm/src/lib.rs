@@ -79,9 +79,12 @@ pub mod launch;
 mod loopback;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+pub mod nccl;
 pub mod pool;
 pub mod recorder;
 mod remote;
+mod staged;
 mod subgroup;
 pub mod tcp;
 pub mod trace;
@@ -93,9 +96,12 @@ pub use error::{CommError, CommErrorKind, Disagreement};
 pub use loopback::{Loopback, LoopbackEndpoint, RankPanic};
 #[cfg(feature = "mpi")]
 pub use mpi::{Mpi, MpiError};
+#[cfg(feature = "nccl")]
+pub use nccl::{Nccl, NcclEndpoint, NcclError};
 pub use pool::BufferPool;
 pub use recorder::{FlightRecord, FlightRecorder};
 pub use remote::RemoteEndpoint;
+pub use staged::{Staged, Staging};
 pub use tcp::{Tcp, TcpError};
 pub use trace::Trace;
 pub use transport::*;

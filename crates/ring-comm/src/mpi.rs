@@ -87,6 +87,21 @@ pub enum MpiError {
     Thread(String),
 }
 
+/// MPI is started by whoever gets past this.
+fn claim() -> Result<(), MpiError> {
+    match IS_STARTED.swap(true, Ordering::SeqCst) {
+        true => Err(MpiError::StartedBefore),
+        false => Ok(()),
+    }
+}
+
+/// Starts MPI on this thread, for another transport's frames.
+#[cfg(feature = "nccl")]
+pub(crate) fn start_wire() -> Result<wire::MpiWire, MpiError> {
+    claim()?;
+    MpiWire::start(LARGEST_CHUNK)
+}
+
 impl Mpi {
     /// Starts MPI. Waits for all processes, up to `deadline`; dropping waits as long for them to leave.
     ///
@@ -102,9 +117,7 @@ impl Mpi {
     /// As [`init`](Self::init).
     #[doc(hidden)]
     pub fn init_with_chunks(deadline: Duration, largest_chunk: usize) -> Result<Self, MpiError> {
-        if IS_STARTED.swap(true, Ordering::SeqCst) {
-            return Err(MpiError::StartedBefore);
-        }
+        claim()?;
         let make_wire = move || MpiWire::start(largest_chunk);
         let engine = Engine::start(deadline, make_wire).map_err(|error| match error {
             StartError::Wire(error) => error,

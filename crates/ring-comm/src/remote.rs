@@ -23,11 +23,11 @@ mod process;
 mod session;
 mod state;
 #[cfg(test)]
-mod threads;
+pub(crate) mod threads;
 mod wire;
 
 pub use endpoint::RemoteEndpoint;
 pub(crate) use engine::{Engine, StartError};
 #[cfg(test)]
 pub(crate) use threads::{panics, run_on_threads};
-pub(crate) use wire::{End, Event, Wire};
+pub(crate) use wire::{End, Event, Wire, host_room_for};

@@ -39,13 +39,27 @@ mod wire;
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
 pub use self::error::TcpError;
-use self::{mesh::Mesh, wire::TcpWire};
+use self::mesh::Mesh;
+pub(crate) use self::wire::TcpWire;
 use crate::{
     error::CommError,
     launch::Launch,
     remote::{Engine, RemoteEndpoint, StartError},
     transport::Rank,
 };
+#[cfg(feature = "nccl")]
+use {crate::launch::store::Store, std::time::Instant};
+
+/// A wire to all ranks that have the store open. Waits for them until `until`.
+#[cfg(feature = "nccl")]
+pub(crate) fn wire_over(
+    store: &Store,
+    launch: &Launch,
+    until: Instant,
+) -> Result<TcpWire, TcpError> {
+    let mesh = Mesh::connect_over(store, launch, until)?;
+    TcpWire::new(mesh).map_err(|never| match never {})
+}
 
 /// This process's place among ranks that are connected by TCP. Leaves it when this and all endpoints and requests are dropped.
 ///

@@ -14,8 +14,8 @@ use super::{
 };
 use crate::{
     buffer::HostBuffer,
-    remote::{End, Event, Wire},
-    transport::Rank,
+    remote::{End, Event, Wire, host_room_for},
+    transport::{Expected, Rank},
 };
 
 /// Bytes of the largest piece that MPI is given at once.
@@ -23,7 +23,7 @@ pub(super) const LARGEST_CHUNK: usize = 1 << 30;
 /// The tag of frames on their communicator.
 const FRAME: c_int = 0;
 
-pub(super) struct MpiWire {
+pub(crate) struct MpiWire {
     rank: Rank,
     frames: Comm,
     data: Comm,
@@ -118,7 +118,7 @@ impl MpiWire {
         self.transfers.push(transfer);
     }
 
-    fn poll_frames(&mut self, events: &mut Vec<Event>) -> Result<(), MpiError> {
+    fn poll_frames(&mut self, events: &mut Vec<Event<HostBuffer>>) -> Result<(), MpiError> {
         while let Some(found) = self.frames.find(FRAME)? {
             let peer = found.source;
             let mut bytes = vec![0; found.len];
@@ -145,7 +145,7 @@ impl MpiWire {
     }
 
     /// MPI reports an error that may have to do with any peer: finds out which are dead.
-    fn report_failures(&mut self, error: &MpiError, events: &mut Vec<Event>) {
+    fn report_failures(&mut self, error: &MpiError, events: &mut Vec<Event<HostBuffer>>) {
         let world_size = self.lost.len();
         let mut dead: Vec<Rank> = match &self.failures {
             None => (0..world_size).collect(),
@@ -161,7 +161,7 @@ impl MpiWire {
         }
     }
 
-    fn poll_transfers(&mut self, events: &mut Vec<Event>) {
+    fn poll_transfers(&mut self, events: &mut Vec<Event<HostBuffer>>) {
         let (transfers, mut abandoned) = (
             mem::take(&mut self.transfers),
             mem::take(&mut self.abandoned),
@@ -181,7 +181,7 @@ impl MpiWire {
         self.abandoned = abandoned;
     }
 
-    fn poll_frames_out(&mut self, events: &mut Vec<Event>) {
+    fn poll_frames_out(&mut self, events: &mut Vec<Event<HostBuffer>>) {
         for mut frame in mem::take(&mut self.frames_out) {
             match frame.request.is_complete() {
                 Ok(true) => {}
@@ -194,7 +194,7 @@ impl MpiWire {
         }
     }
 
-    fn report(&mut self, peer: Rank, reason: String, events: &mut Vec<Event>) {
+    fn report(&mut self, peer: Rank, reason: String, events: &mut Vec<Event<HostBuffer>>) {
         if !mem::replace(&mut self.lost[peer], true) {
             mem::forget(mem::take(&mut self.frames_in[peer]));
             events.push(Event::Lost { peer, reason });
@@ -202,7 +202,7 @@ impl MpiWire {
     }
 }
 
-impl Wire for MpiWire {
+impl Wire<HostBuffer> for MpiWire {
     fn rank(&self) -> Rank {
         self.rank
     }
@@ -223,6 +223,14 @@ impl Wire for MpiWire {
         }
     }
 
+    fn room_for(
+        &mut self,
+        expected: Expected,
+        memory: Option<HostBuffer>,
+    ) -> Result<HostBuffer, String> {
+        Ok(host_room_for(expected, memory))
+    }
+
     fn send_data(&mut self, peer: Rank, sequence: u64, buffer: HostBuffer) {
         self.begin(Transfer::new(peer, sequence, Direction::Out, buffer));
     }
@@ -231,7 +239,7 @@ impl Wire for MpiWire {
         self.begin(Transfer::new(peer, sequence, Direction::In, buffer));
     }
 
-    fn poll(&mut self, events: &mut Vec<Event>) {
+    fn poll(&mut self, events: &mut Vec<Event<HostBuffer>>) {
         for (peer, error) in mem::take(&mut self.trouble) {
             self.report(peer, error.to_string(), events);
         }
@@ -293,7 +301,7 @@ impl Transfer {
         Ok(true)
     }
 
-    fn into_event(self) -> Event {
+    fn into_event(self) -> Event<HostBuffer> {
         let Self {
             peer,
             sequence,

@@ -24,29 +24,29 @@ use crate::{
 
 /// One rank of a group whose ranks are processes.
 #[derive(Debug)]
-pub struct RemoteEndpoint {
-    membership: Membership,
+pub struct RemoteEndpoint<B: Buffer = HostBuffer> {
+    membership: Membership<B>,
 }
 
 /// Ends a rank's part in the group when dropped, in the way the thread ends.
 #[derive(Debug)]
-pub(super) struct Membership(Arc<Handle>);
+pub(super) struct Membership<B: Buffer>(Arc<Handle<B>>);
 
 /// Keeps the group going for this rank: held by the endpoint and by every request.
 #[derive(Debug)]
-struct Handle {
-    session: Arc<Session>,
+struct Handle<B: Buffer> {
+    session: Arc<Session<B>>,
     /// Dropped after the session is closed.
-    _engine: Arc<Engine>,
+    _engine: Arc<Engine<B>>,
 }
 
-impl Drop for Handle {
+impl<B: Buffer> Drop for Handle<B> {
     fn drop(&mut self) {
         self.session.close();
     }
 }
 
-impl Drop for Membership {
+impl<B: Buffer> Drop for Membership<B> {
     fn drop(&mut self) {
         if thread::panicking() {
             self.0.session.poison(panicked(self.0.session.rank()));
@@ -55,8 +55,8 @@ impl Drop for Membership {
     }
 }
 
-impl RemoteEndpoint {
-    pub(super) fn new(engine: Arc<Engine>, session: Arc<Session>) -> Self {
+impl<B: Buffer> RemoteEndpoint<B> {
+    pub(super) fn new(engine: Arc<Engine<B>>, session: Arc<Session<B>>) -> Self {
         Self {
             membership: Membership(Arc::new(Handle {
                 session,
@@ -67,15 +67,15 @@ impl RemoteEndpoint {
 
     /// A second membership of the same rank; the first to be dropped ends the rank's part.
     #[cfg(test)]
-    pub(super) fn membership(&self) -> Membership {
+    pub(super) fn membership(&self) -> Membership<B> {
         Membership(Arc::clone(self.handle()))
     }
 
-    fn handle(&self) -> &Arc<Handle> {
+    fn handle(&self) -> &Arc<Handle<B>> {
         &self.membership.0
     }
 
-    fn session(&self) -> &Session {
+    fn session(&self) -> &Session<B> {
         &self.handle().session
     }
 
@@ -98,7 +98,7 @@ impl RemoteEndpoint {
         peer: Rank,
         ticket: Ticket,
         record: Option<RecordNumber>,
-    ) -> Request {
+    ) -> Request<B> {
         Request {
             record,
             handle: Arc::clone(self.handle()),
@@ -110,7 +110,7 @@ impl RemoteEndpoint {
     }
 }
 
-impl Transport<HostBuffer> for RemoteEndpoint {
+impl<B: Buffer> Transport<B> for RemoteEndpoint<B> {
     fn rank(&self) -> Rank {
         self.session().rank()
     }
@@ -123,12 +123,7 @@ impl Transport<HostBuffer> for RemoteEndpoint {
         self.session().deadline()
     }
 
-    fn isend(
-        &self,
-        peer: Rank,
-        tag: Tag,
-        buffer: HostBuffer,
-    ) -> Result<SendRequest<HostBuffer>, CommError> {
+    fn isend(&self, peer: Rank, tag: Tag, buffer: B) -> Result<SendRequest<B>, CommError> {
         let subject = self.subject(peer, tag)?;
         let entry = Entry::New(Call::Send, buffer.byte_len());
         let mut buffer = Some(buffer);
@@ -141,12 +136,7 @@ impl Transport<HostBuffer> for RemoteEndpoint {
         Ok(SendRequest::new(RemoteSend(request)))
     }
 
-    fn irecv(
-        &self,
-        peer: Rank,
-        tag: Tag,
-        expected: Expected,
-    ) -> Result<RecvRequest<HostBuffer>, CommError> {
+    fn irecv(&self, peer: Rank, tag: Tag, expected: Expected) -> Result<RecvRequest<B>, CommError> {
         self.irecv_into(peer, tag, expected, None)
     }
 
@@ -155,8 +145,8 @@ impl Transport<HostBuffer> for RemoteEndpoint {
         peer: Rank,
         tag: Tag,
         expected: Expected,
-        mut memory: Option<HostBuffer>,
-    ) -> Result<RecvRequest<HostBuffer>, CommError> {
+        mut memory: Option<B>,
+    ) -> Result<RecvRequest<B>, CommError> {
         let subject = self.subject(peer, tag)?;
         let entry = Entry::New(
             Call::Receive,
@@ -209,8 +199,8 @@ impl Transport<HostBuffer> for RemoteEndpoint {
 
 /// What a send and a receive in progress have in common: dropping it unfinished poisons the group.
 #[derive(Debug)]
-struct Request {
-    handle: Arc<Handle>,
+struct Request<B: Buffer> {
+    handle: Arc<Handle<B>>,
     subject: Subject,
     peer: Rank,
     ticket: Ticket,
@@ -218,7 +208,7 @@ struct Request {
     is_finished: bool,
 }
 
-impl Drop for Request {
+impl<B: Buffer> Drop for Request<B> {
     fn drop(&mut self) {
         if self.is_finished {
             return;
@@ -235,10 +225,10 @@ impl Drop for Request {
 }
 
 #[derive(Debug)]
-struct RemoteSend(Request);
+struct RemoteSend<B: Buffer>(Request<B>);
 
-impl PendingSend<HostBuffer> for RemoteSend {
-    fn wait(mut self: Box<Self>) -> Result<Option<HostBuffer>, CommError> {
+impl<B: Buffer> PendingSend<B> for RemoteSend<B> {
+    fn wait(mut self: Box<Self>) -> Result<Option<B>, CommError> {
         let request = &mut self.0;
         let (peer, ticket) = (request.peer, request.ticket);
         let entry = Entry::Request(request.record);
@@ -251,10 +241,10 @@ impl PendingSend<HostBuffer> for RemoteSend {
 }
 
 #[derive(Debug)]
-struct RemoteReceive(Request);
+struct RemoteReceive<B: Buffer>(Request<B>);
 
-impl PendingRecv<HostBuffer> for RemoteReceive {
-    fn wait(mut self: Box<Self>) -> Result<HostBuffer, CommError> {
+impl<B: Buffer> PendingRecv<B> for RemoteReceive<B> {
+    fn wait(mut self: Box<Self>) -> Result<B, CommError> {
         let request = &mut self.0;
         let (peer, ticket) = (request.peer, request.ticket);
         let entry = Entry::Request(request.record);

@@ -22,6 +22,7 @@ use super::{
 };
 use crate::{
     attempt::Subject,
+    buffer::{Buffer, HostBuffer},
     error::{CommError, CommErrorKind},
     transport::Rank,
 };
@@ -40,12 +41,12 @@ const BETWEEN_CHECKS: Duration = Duration::from_millis(50);
 const LEAVE_WITHIN: Duration = Duration::from_secs(2);
 
 /// A rank's connection to the network; leaves it when dropped.
-pub(crate) struct Engine {
+pub(crate) struct Engine<B: Buffer = HostBuffer> {
     rank: Rank,
     world_size: usize,
     deadline: Duration,
     process: Option<ProcessIdentity>,
-    control: Arc<Control>,
+    control: Arc<Control<B>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -60,16 +61,14 @@ pub(crate) enum StartError<E> {
 }
 
 /// What the engine is asked for from outside of a group.
-#[derive(Default)]
-struct Control {
-    orders: Mutex<Orders>,
+struct Control<B> {
+    orders: Mutex<Orders<B>>,
     changed: Condvar,
 }
 
-#[derive(Default)]
-struct Orders {
+struct Orders<B> {
     /// The group to join next.
-    next: Option<Arc<Session>>,
+    next: Option<Arc<Session<B>>>,
     /// A group is joined or about to be.
     is_active: bool,
     /// Number of the next data, when no group is active.
@@ -85,7 +84,7 @@ struct Leave {
     in_peace: bool,
 }
 
-impl fmt::Debug for Engine {
+impl<B: Buffer> fmt::Debug for Engine<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Engine")
             .field("rank", &self.rank)
@@ -94,9 +93,9 @@ impl fmt::Debug for Engine {
     }
 }
 
-impl Engine {
+impl<B: Buffer> Engine<B> {
     /// Makes the wire on the engine's thread and keeps it there. Neither this nor leaving takes longer than `deadline`, or not much.
-    pub(crate) fn start<W: Wire, E: Send + 'static>(
+    pub(crate) fn start<W: Wire<B>, E: Send + 'static>(
         deadline: Duration,
         make_wire: impl FnOnce() -> Result<W, E> + Send + 'static,
     ) -> Result<Self, StartError<E>> {
@@ -147,7 +146,10 @@ impl Engine {
     }
 
     /// Joins the next group, when this rank has left the one before; returns when all ranks have joined.
-    pub(crate) fn join(self: &Arc<Self>, deadline: Duration) -> Result<RemoteEndpoint, CommError> {
+    pub(crate) fn join(
+        self: &Arc<Self>,
+        deadline: Duration,
+    ) -> Result<RemoteEndpoint<B>, CommError> {
         self.join_within(deadline, deadline)
     }
 
@@ -156,7 +158,7 @@ impl Engine {
         self: &Arc<Self>,
         patience: Duration,
         deadline: Duration,
-    ) -> Result<RemoteEndpoint, CommError> {
+    ) -> Result<RemoteEndpoint<B>, CommError> {
         let subject = Subject {
             rank: self.rank,
             peer: None,
@@ -178,7 +180,7 @@ impl Engine {
     }
 
     /// `None` if this rank does not leave the group before in time.
-    fn begin_session(&self, patience: Duration, deadline: Duration) -> Option<Arc<Session>> {
+    fn begin_session(&self, patience: Duration, deadline: Duration) -> Option<Arc<Session<B>>> {
         let expiry = Instant::now().checked_add(patience);
         let mut orders = self.control.order();
         while orders.is_active {
@@ -198,7 +200,7 @@ impl Engine {
     }
 }
 
-impl Drop for Engine {
+impl<B: Buffer> Drop for Engine<B> {
     /// Waits until all ranks leave, up to the deadline; not longer than a moment if something has failed.
     fn drop(&mut self) {
         let mut orders = self.control.order();
@@ -224,17 +226,33 @@ impl Drop for Engine {
     }
 }
 
-impl Control {
-    fn order(&self) -> MutexGuard<'_, Orders> {
+impl<B> Default for Control<B> {
+    fn default() -> Self {
+        let orders = Orders {
+            next: None,
+            is_active: false,
+            next_sequence: 0,
+            leave: None,
+            is_over: false,
+        };
+        Self {
+            orders: Mutex::new(orders),
+            changed: Condvar::new(),
+        }
+    }
+}
+
+impl<B> Control<B> {
+    fn order(&self) -> MutexGuard<'_, Orders<B>> {
         self.orders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// `None` if it has expired.
     fn wait<'a>(
         &self,
-        orders: MutexGuard<'a, Orders>,
+        orders: MutexGuard<'a, Orders<B>>,
         expiry: Option<Instant>,
-    ) -> Option<MutexGuard<'a, Orders>> {
+    ) -> Option<MutexGuard<'a, Orders<B>>> {
         let Some(expiry) = expiry else {
             return Some(
                 self.changed
@@ -249,9 +267,9 @@ impl Control {
 }
 
 /// Tells those who wait that the engine is no more, even if it has panicked.
-struct Over(Arc<Control>);
+struct Over<B>(Arc<Control<B>>);
 
-impl Drop for Over {
+impl<B> Drop for Over<B> {
     fn drop(&mut self) {
         let mut orders = self.0.order();
         orders.is_over = true;
@@ -260,12 +278,12 @@ impl Drop for Over {
 }
 
 /// The engine's thread.
-struct Driver<W> {
+struct Driver<B, W> {
     wire: W,
-    control: Arc<Control>,
+    control: Arc<Control<B>>,
     epoch: u64,
     peers: Vec<Line>,
-    events: Vec<Event>,
+    events: Vec<Event<B>>,
     /// Frames for groups that this rank has not joined yet.
     early: Vec<(u64, Rank, Frame)>,
     /// The last group has failed.
@@ -288,13 +306,13 @@ struct Line {
 }
 
 /// What the state must be told.
-enum News {
+enum News<B> {
     Frame { peer: Rank, frame: Frame },
-    Wire(Event),
+    Wire(Event<B>),
 }
 
-impl<W: Wire> Driver<W> {
-    fn new(wire: W, control: Arc<Control>) -> Self {
+impl<B: Buffer, W: Wire<B>> Driver<B, W> {
+    fn new(wire: W, control: Arc<Control<B>>) -> Self {
         Self {
             peers: vec![Line::default(); wire.world_size()],
             wire,
@@ -320,7 +338,7 @@ impl<W: Wire> Driver<W> {
     }
 
     /// The next group, or the order to leave. Keeps the wire going meanwhile.
-    fn next_order(&mut self) -> Result<Arc<Session>, Leave> {
+    fn next_order(&mut self) -> Result<Arc<Session<B>>, Leave> {
         loop {
             let expiry = Instant::now() + LONG_BREAK;
             {
@@ -339,11 +357,13 @@ impl<W: Wire> Driver<W> {
     }
 
     /// The whole life of a group.
-    fn serve(&mut self, session: &Session) {
+    fn serve(&mut self, session: &Session<B>) {
         let _rescue = Rescue(session);
         self.epoch += 1;
+        self.wire.begin(self.epoch);
         let mut news = self.early_news();
         let mut last_event = Instant::now();
+        let mut is_failure_known = false;
         loop {
             news.extend(self.look());
             let now = Instant::now();
@@ -355,10 +375,15 @@ impl<W: Wire> Driver<W> {
             }
             inner.state.tick(now);
             let outputs = inner.state.take_outputs();
+            let has_failed = inner.state.cause().is_some();
             drop(inner);
 
             let is_active = has_news || !outputs.is_empty();
             outputs.into_iter().for_each(|output| self.put(output));
+            if has_failed && !is_failure_known {
+                is_failure_known = true;
+                self.wire.fail();
+            }
             if is_active {
                 session.tell_change();
                 last_event = now;
@@ -377,7 +402,7 @@ impl<W: Wire> Driver<W> {
     }
 
     /// What came for this group before this rank joined it.
-    fn early_news(&mut self) -> Vec<News> {
+    fn early_news(&mut self) -> Vec<News<B>> {
         let epoch = self.epoch;
         let (now, later): (Vec<_>, Vec<_>) = mem::take(&mut self.early)
             .into_iter()
@@ -392,7 +417,7 @@ impl<W: Wire> Driver<W> {
         frames.chain(lost).collect()
     }
 
-    fn end_session(&mut self, state: &State) {
+    fn end_session(&mut self, state: &State<B>) {
         if self.wire.is_busy() {
             self.wire.abandon();
         }
@@ -404,7 +429,7 @@ impl<W: Wire> Driver<W> {
     }
 
     /// What the wire has to report to the present group.
-    fn look(&mut self) -> Vec<News> {
+    fn look(&mut self) -> Vec<News<B>> {
         let mut events = mem::take(&mut self.events);
         self.wire.poll(&mut events);
         let news = events
@@ -419,7 +444,7 @@ impl<W: Wire> Driver<W> {
         news
     }
 
-    fn hear(&mut self, peer: Rank, bytes: &[u8]) -> Option<News> {
+    fn hear(&mut self, peer: Rank, bytes: &[u8]) -> Option<News<B>> {
         let (header, frame) = match Frame::decode(bytes) {
             Ok(decoded) => decoded,
             Err(error) => return Some(self.lose(peer, error.to_string())),
@@ -449,12 +474,12 @@ impl<W: Wire> Driver<W> {
         }
     }
 
-    fn lose(&mut self, peer: Rank, reason: String) -> News {
+    fn lose(&mut self, peer: Rank, reason: String) -> News<B> {
         self.peers[peer].lost = Some(reason.clone());
         News::Wire(Event::Lost { peer, reason })
     }
 
-    fn put(&mut self, output: Output) {
+    fn put(&mut self, output: Output<B>) {
         match output {
             Output::Frame { peer, frame } => self.send_frame(peer, &frame),
             Output::SendData {
@@ -465,8 +490,12 @@ impl<W: Wire> Driver<W> {
             Output::ReceiveData {
                 peer,
                 sequence,
-                buffer,
-            } => self.wire.receive_data(peer, sequence, buffer),
+                expected,
+                memory,
+            } => match self.wire.room_for(expected, memory) {
+                Ok(buffer) => self.wire.receive_data(peer, sequence, buffer),
+                Err(reason) => self.events.push(Event::Failed { reason }),
+            },
         }
     }
 
@@ -485,7 +514,7 @@ impl<W: Wire> Driver<W> {
 
     /// Looks now and then whether the processes of the peers on this machine are alive. Twice, because what one has said with its
     /// last breath may be on its way.
-    fn find_dead(&mut self, now: Instant) -> Vec<News> {
+    fn find_dead(&mut self, now: Instant) -> Vec<News<B>> {
         if now < self.next_check {
             return Vec::new();
         }
@@ -544,7 +573,7 @@ impl<W: Wire> Driver<W> {
     }
 }
 
-fn tell(state: &mut State, news: News, now: Instant) {
+fn tell<B: Buffer>(state: &mut State<B>, news: News<B>, now: Instant) {
     match news {
         News::Frame { peer, frame } => state.hear(peer, frame, now),
         News::Wire(Event::Sent {
@@ -558,13 +587,14 @@ fn tell(state: &mut State, news: News, now: Instant) {
             buffer,
         }) => state.received(peer, sequence, buffer, now),
         News::Wire(Event::Lost { peer, reason }) => state.lost(peer, &reason, now),
+        News::Wire(Event::Failed { reason }) => state.broken(&reason, now),
         // Already made into one of the above.
         News::Wire(Event::Frame { .. }) => {}
     }
 }
 
 /// Pauses, the shorter the more is expected: nobody shall wait for this thread, nor shall it take a core from them.
-fn rest(session: &Session, inner: MutexGuard<'_, Inner>, quiet: Duration) {
+fn rest<B: Buffer>(session: &Session<B>, inner: MutexGuard<'_, Inner<B>>, quiet: Duration) {
     let is_expectant = inner.waiting > 0 || inner.state.expects_something();
     let eager = match (inner.state.is_flowing(), is_expectant) {
         (true, _) => EAGER,
@@ -584,9 +614,9 @@ fn rest(session: &Session, inner: MutexGuard<'_, Inner>, quiet: Duration) {
 }
 
 /// Poisons the group if the engine panics in it, so that nobody waits for the engine.
-struct Rescue<'a>(&'a Session);
+struct Rescue<'a, B: Buffer>(&'a Session<B>);
 
-impl Drop for Rescue<'_> {
+impl<B: Buffer> Drop for Rescue<'_, B> {
     fn drop(&mut self) {
         if thread::panicking() {
             self.0.lock().state.give_up("its engine panicked");

@@ -12,6 +12,7 @@ use std::{
 use super::state::{Attempt, State, VERDICT_WITHIN};
 use crate::{
     attempt::Subject,
+    buffer::Buffer,
     error::{CommError, CommErrorKind},
     recorder::{self, Call, FlightRecord, Progress, RecordNumber},
     transport::{Rank, Traffic},
@@ -29,19 +30,19 @@ pub(super) enum Entry {
 }
 
 /// A rank's part in one group.
-pub(super) struct Session {
+pub(super) struct Session<B> {
     rank: Rank,
     world_size: usize,
     deadline: Duration,
-    inner: Mutex<Inner>,
+    inner: Mutex<Inner<B>>,
     /// For the callers: the state has changed.
     changed: Condvar,
     /// For the engine: there is something to do.
     work: Condvar,
 }
 
-pub(super) struct Inner {
-    pub(super) state: State,
+pub(super) struct Inner<B> {
+    pub(super) state: State<B>,
     /// Callers that wait.
     pub(super) waiting: usize,
     /// Rounds the engine has made: looked at the wire, and done on it what the state wanted.
@@ -54,7 +55,7 @@ pub(super) struct Inner {
     is_reported: bool,
 }
 
-impl fmt::Debug for Session {
+impl<B> fmt::Debug for Session<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Session")
             .field("rank", &self.rank)
@@ -65,8 +66,8 @@ impl fmt::Debug for Session {
 }
 
 /// Calls of the rank's threads.
-impl Session {
-    pub(super) fn new(state: State, deadline: Duration) -> Self {
+impl<B: Buffer> Session<B> {
+    pub(super) fn new(state: State<B>, deadline: Duration) -> Self {
         Self {
             rank: state.rank(),
             world_size: state.world_size(),
@@ -113,7 +114,7 @@ impl Session {
         &self,
         subject: Subject,
         entry: Entry,
-        attempt: impl FnMut(&mut State) -> Attempt<T>,
+        attempt: impl FnMut(&mut State<B>) -> Attempt<T>,
     ) -> Result<T, CommError> {
         let expiry = Expiry::after(self.deadline);
         self.complete_until(expiry, self.lock(), subject, entry, attempt)
@@ -124,7 +125,7 @@ impl Session {
         &self,
         deadline: Duration,
         subject: Subject,
-        attempt: impl FnMut(&mut State) -> Attempt<T>,
+        attempt: impl FnMut(&mut State<B>) -> Attempt<T>,
     ) -> Result<T, CommError> {
         let expiry = Expiry::after(deadline);
         self.complete_until(expiry, self.lock(), subject, Entry::None, attempt)
@@ -135,7 +136,7 @@ impl Session {
         &self,
         subject: Subject,
         entry: Entry,
-        attempt: impl FnMut(&mut State) -> Attempt<T>,
+        attempt: impl FnMut(&mut State<B>) -> Attempt<T>,
     ) -> Result<T, CommError> {
         let expiry = Expiry::after(self.deadline);
         let inner = self.lock();
@@ -149,10 +150,10 @@ impl Session {
     fn complete_until<T>(
         &self,
         expiry: Expiry,
-        mut inner: MutexGuard<'_, Inner>,
+        mut inner: MutexGuard<'_, Inner<B>>,
         subject: Subject,
         entry: Entry,
-        mut attempt: impl FnMut(&mut State) -> Attempt<T>,
+        mut attempt: impl FnMut(&mut State<B>) -> Attempt<T>,
     ) -> Result<T, CommError> {
         let record = inner.record(subject, entry);
         inner.check(subject, record)?;
@@ -210,7 +211,7 @@ impl Session {
 
     fn fail(
         &self,
-        mut inner: MutexGuard<'_, Inner>,
+        mut inner: MutexGuard<'_, Inner<B>>,
         subject: Subject,
         record: Option<RecordNumber>,
         kind: CommErrorKind,
@@ -236,9 +237,9 @@ impl Session {
     /// Waits until the ranks have settled on this or another cause and this rank has told the others what it had to.
     fn settle<'a>(
         &'a self,
-        mut inner: MutexGuard<'a, Inner>,
+        mut inner: MutexGuard<'a, Inner<B>>,
         cause: CommError,
-    ) -> MutexGuard<'a, Inner> {
+    ) -> MutexGuard<'a, Inner<B>> {
         if inner.state.cause().is_some() {
             return inner;
         }
@@ -257,9 +258,9 @@ impl Session {
     /// Waits for a whole round of the engine that begins after now.
     fn await_rounds<'a>(
         &'a self,
-        mut inner: MutexGuard<'a, Inner>,
+        mut inner: MutexGuard<'a, Inner<B>>,
         expiry: Expiry,
-    ) -> MutexGuard<'a, Inner> {
+    ) -> MutexGuard<'a, Inner<B>> {
         let awaited = inner.rounds + 2;
         inner.awaited_rounds = inner.awaited_rounds.max(awaited);
         self.work.notify_one();
@@ -271,9 +272,9 @@ impl Session {
 
     fn wait_for_change<'a>(
         &self,
-        mut inner: MutexGuard<'a, Inner>,
+        mut inner: MutexGuard<'a, Inner<B>>,
         expiry: Expiry,
-    ) -> MutexGuard<'a, Inner> {
+    ) -> MutexGuard<'a, Inner<B>> {
         inner.waiting += 1;
         let mut inner = match expiry.at {
             None => self
@@ -291,20 +292,20 @@ impl Session {
     }
 
     /// The state is sound after a panic too, because no change to it is left half done; so lock poisoning is ignored.
-    pub(super) fn lock(&self) -> MutexGuard<'_, Inner> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Inner<B>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Calls of the engine.
-impl Session {
+impl<B: Buffer> Session<B> {
     /// Wakes the callers: the state has changed.
     pub(super) fn tell_change(&self) {
         self.changed.notify_all();
     }
 
     /// A round of the engine is over.
-    pub(super) fn end_round<'a>(&'a self) -> MutexGuard<'a, Inner> {
+    pub(super) fn end_round<'a>(&'a self) -> MutexGuard<'a, Inner<B>> {
         let mut inner = self.lock();
         inner.report();
         inner.rounds += 1;
@@ -315,13 +316,13 @@ impl Session {
     }
 
     /// Sleeps until a caller has work, at most for `longest`.
-    pub(super) fn await_work(&self, inner: MutexGuard<'_, Inner>, longest: Duration) {
+    pub(super) fn await_work(&self, inner: MutexGuard<'_, Inner<B>>, longest: Duration) {
         let woken = self.work.wait_timeout(inner, longest);
         drop(woken.unwrap_or_else(PoisonError::into_inner));
     }
 }
 
-impl Inner {
+impl<B: Buffer> Inner<B> {
     /// Whether the engine must not rest.
     pub(super) fn has_work(&self) -> bool {
         self.state.has_outputs() || self.rounds < self.awaited_rounds

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     attempt::gather_tag,
-    buffer::{DType, HostBuffer},
+    buffer::{Buffer, DType},
     error::{CommError, CommErrorKind},
     recorder::{self, Call, FlightRecorder, RecordNumber},
     transport::{Expected, GroupId, Rank, Tag, Traffic},
@@ -47,8 +47,8 @@ pub(super) enum Attempt<T> {
 pub(super) type Ticket = u64;
 
 /// What the engine must do on the wire.
-#[derive(Debug, PartialEq)]
-pub(super) enum Output {
+#[derive(Debug)]
+pub(super) enum Output<B> {
     Frame {
         peer: Rank,
         frame: Frame,
@@ -56,12 +56,14 @@ pub(super) enum Output {
     SendData {
         peer: Rank,
         sequence: u64,
-        buffer: HostBuffer,
+        buffer: B,
     },
     ReceiveData {
         peer: Rank,
         sequence: u64,
-        buffer: HostBuffer,
+        expected: Expected,
+        /// What the receive has brought.
+        memory: Option<B>,
     },
 }
 
@@ -76,21 +78,21 @@ enum Presence {
 }
 
 #[derive(Debug)]
-struct Peer {
+struct Peer<B> {
     presence: Presence,
-    sends: Vec<Send>,
+    sends: Vec<Send<B>>,
     /// Messages it has offered and nobody has taken.
     offers: VecDeque<Offer>,
-    receives: VecDeque<Receive>,
+    receives: VecDeque<Receive<B>>,
 }
 
 #[derive(Debug)]
-struct Send {
+struct Send<B> {
     sequence: u64,
     record: Option<RecordNumber>,
     taken: Option<Instant>,
     /// The memory, when the data has left.
-    buffer: Option<HostBuffer>,
+    buffer: Option<B>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -102,20 +104,20 @@ struct Offer {
 }
 
 #[derive(Debug)]
-struct Receive {
+struct Receive<B> {
     ticket: Ticket,
     record: Option<RecordNumber>,
     tag: Tag,
     expected: Expected,
-    progress: Progress,
+    progress: Progress<B>,
 }
 
 /// How far a posted receive is.
 #[derive(Debug)]
-enum Progress {
+enum Progress<B> {
     /// Nothing is offered yet; there may be memory for it.
     Open {
-        memory: Option<HostBuffer>,
+        memory: Option<B>,
     },
     /// Something else is offered than what is expected.
     Refused {
@@ -126,7 +128,7 @@ enum Progress {
         sequence: u64,
     },
     Arrived {
-        buffer: HostBuffer,
+        buffer: B,
         since: Instant,
     },
 }
@@ -151,16 +153,16 @@ struct Proposal {
 }
 
 #[derive(Debug)]
-pub(super) struct State {
+pub(super) struct State<B> {
     rank: Rank,
     /// By rank; that of this rank itself is never used.
-    peers: Vec<Peer>,
+    peers: Vec<Peer<B>>,
     gathers: BTreeMap<(GroupId, u64), Gather>,
     completed: VecDeque<Completed>,
     traffic: Traffic,
     cause: Option<CommError>,
     proposal: Option<Proposal>,
-    outputs: Vec<Output>,
+    outputs: Vec<Output<B>>,
     next_ticket: Ticket,
     next_sequence: u64,
     recorder: FlightRecorder,
@@ -168,7 +170,7 @@ pub(super) struct State {
     current: Option<RecordNumber>,
 }
 
-impl State {
+impl<B: Buffer> State<B> {
     /// A rank that has not met anybody yet, of `process`. Its data is numbered from `first_sequence`.
     pub(super) fn new(
         rank: Rank,
@@ -242,7 +244,7 @@ impl State {
     }
 
     /// What is to be done on the wire, in order.
-    pub(super) fn take_outputs(&mut self) -> Vec<Output> {
+    pub(super) fn take_outputs(&mut self) -> Vec<Output<B>> {
         mem::take(&mut self.outputs)
     }
 
@@ -252,7 +254,7 @@ impl State {
 
     /// Whether a message is expected or to be taken.
     pub(super) fn expects_something(&self) -> bool {
-        let open = |receive: &Receive| !matches!(receive.progress, Progress::Arrived { .. });
+        let open = |receive: &Receive<B>| !matches!(receive.progress, Progress::Arrived { .. });
         let peers = || self.peers.iter();
         self.proposal.is_some()
             || peers().any(|peer| !peer.sends.is_empty() || peer.receives.iter().any(open))
@@ -260,8 +262,8 @@ impl State {
 
     /// Whether data is being copied to or from this rank.
     pub(super) fn is_flowing(&self) -> bool {
-        let arriving = |receive: &Receive| matches!(receive.progress, Progress::Arriving { .. });
-        let leaving = |send: &Send| send.taken.is_some() && send.buffer.is_none();
+        let arriving = |receive: &Receive<B>| matches!(receive.progress, Progress::Arriving { .. });
+        let leaving = |send: &Send<B>| send.taken.is_some() && send.buffer.is_none();
         self.peers
             .iter()
             .any(|peer| peer.receives.iter().any(arriving) || peer.sends.iter().any(leaving))
@@ -269,10 +271,11 @@ impl State {
 }
 
 /// Calls of this rank.
-impl State {
+impl<B: Buffer> State<B> {
     /// Waits for all ranks to have joined.
     pub(super) fn meet(&self) -> Attempt<()> {
-        let is_missing = |peer: &Peer| matches!(peer.presence, Presence::Awaited | Presence::Lost);
+        let is_missing =
+            |peer: &Peer<B>| matches!(peer.presence, Presence::Awaited | Presence::Lost);
         match self.peers.iter().position(is_missing) {
             Some(peer) => Attempt::Blocked(peer),
             None => Attempt::Done(()),
@@ -300,7 +303,7 @@ impl State {
 }
 
 /// What the wire reports.
-impl State {
+impl<B: Buffer> State<B> {
     pub(super) fn hear(&mut self, peer: Rank, frame: Frame, now: Instant) {
         match frame {
             Frame::Hello { world_size, .. } => self.welcome(peer, world_size, now),
@@ -343,7 +346,7 @@ impl State {
     }
 }
 
-impl State {
+impl<B: Buffer> State<B> {
     fn welcome(&mut self, peer: Rank, world_size: usize, now: Instant) {
         let own = self.world_size();
         if world_size != own {
@@ -382,7 +385,7 @@ impl State {
     }
 }
 
-impl Peer {
+impl<B> Peer<B> {
     fn new() -> Self {
         Self {
             presence: Presence::Awaited,

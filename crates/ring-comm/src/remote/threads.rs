@@ -5,7 +5,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -15,7 +15,7 @@ use super::{
     endpoint::RemoteEndpoint,
     engine::Engine,
     frame::{Failure, Frame, Header},
-    wire::{End, Event, Wire},
+    wire::{End, Event, Wire, host_room_for},
 };
 use crate::{
     attempt::panicked,
@@ -26,7 +26,7 @@ use crate::{
     transport::{Expected, Payload, Rank, Tag, Transport},
 };
 
-const PATIENT: Duration = Duration::from_secs(30);
+pub(crate) const PATIENT: Duration = Duration::from_secs(30);
 /// For ranks whose peers do not come or go in an orderly way.
 const BRIEF: Duration = Duration::from_secs(1);
 const TAG: Tag = Tag::new(0, 0, Payload::KeyValue);
@@ -40,22 +40,23 @@ struct Inbox {
 }
 
 /// What the ranks' wires share.
-struct Net {
+pub(crate) struct Net {
     inboxes: Vec<Mutex<Inbox>>,
     /// Whether the wire of a rank is cut: nothing comes, nothing goes, and nobody is told.
     cut: Vec<AtomicBool>,
     behaviour: Behaviour,
+    frames_sent: AtomicUsize,
 }
 
 /// How unkind the wire is, within what it promises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Behaviour {
+pub(crate) enum Behaviour {
     Prompt,
     /// One frame arrives per look, those of the last rank first, and data a look later than it could.
     Tardy,
 }
 
-struct ThreadWire {
+pub(crate) struct ThreadWire {
     net: Arc<Net>,
     rank: Rank,
     frames: VecDeque<(Rank, Vec<u8>)>,
@@ -65,11 +66,12 @@ struct ThreadWire {
 }
 
 impl Net {
-    fn new(world_size: usize, behaviour: Behaviour) -> Arc<Self> {
+    pub(crate) fn new(world_size: usize, behaviour: Behaviour) -> Arc<Self> {
         Arc::new(Self {
             inboxes: (0..world_size).map(|_| Mutex::default()).collect(),
             cut: (0..world_size).map(|_| AtomicBool::new(false)).collect(),
             behaviour,
+            frames_sent: AtomicUsize::new(0),
         })
     }
 
@@ -80,13 +82,23 @@ impl Net {
         Arc::new(engine.ok().expect("a thread, and no failure"))
     }
 
+    /// Cuts the wire of a rank: nothing comes, nothing goes, and nobody is told.
+    pub(crate) fn cut(&self, rank: Rank) {
+        self.cut[rank].store(true, Ordering::SeqCst);
+    }
+
+    /// Frames that the ranks have sent so far.
+    pub(crate) fn frames_sent(&self) -> usize {
+        self.frames_sent.load(Ordering::SeqCst)
+    }
+
     fn is_cut(&self, rank: Rank) -> bool {
         self.cut[rank].load(Ordering::SeqCst)
     }
 }
 
 impl ThreadWire {
-    fn new(net: Arc<Net>, rank: Rank) -> Self {
+    pub(crate) fn new(net: Arc<Net>, rank: Rank) -> Self {
         Self {
             net,
             rank,
@@ -104,7 +116,7 @@ impl ThreadWire {
     }
 }
 
-impl Wire for ThreadWire {
+impl Wire<HostBuffer> for ThreadWire {
     fn rank(&self) -> Rank {
         self.rank
     }
@@ -114,10 +126,19 @@ impl Wire for ThreadWire {
     }
 
     fn send_frame(&mut self, peer: Rank, frame: Vec<u8>) {
+        self.net.frames_sent.fetch_add(1, Ordering::SeqCst);
         if !self.net.is_cut(self.rank) && !self.net.is_cut(peer) {
             let mut inbox = self.net.inboxes[peer].lock().unwrap();
             inbox.frames.push((self.rank, frame));
         }
+    }
+
+    fn room_for(
+        &mut self,
+        expected: Expected,
+        memory: Option<HostBuffer>,
+    ) -> Result<HostBuffer, String> {
+        Ok(host_room_for(expected, memory))
     }
 
     fn send_data(&mut self, peer: Rank, sequence: u64, buffer: HostBuffer) {
@@ -134,7 +155,7 @@ impl Wire for ThreadWire {
         self.receiving.push((peer, sequence, buffer));
     }
 
-    fn poll(&mut self, events: &mut Vec<Event>) {
+    fn poll(&mut self, events: &mut Vec<Event<HostBuffer>>) {
         self.looks += 1;
         if self.net.is_cut(self.rank) {
             return;
@@ -243,7 +264,7 @@ pub(crate) fn panics(results: Vec<thread::Result<()>>) -> Vec<RankPanic> {
 }
 
 /// Joining must not fail because a case is impatient.
-fn join(engine: &Arc<Engine>, deadline: Duration) -> Result<RemoteEndpoint, CommError> {
+pub(crate) fn join(engine: &Arc<Engine>, deadline: Duration) -> Result<RemoteEndpoint, CommError> {
     engine.join_within(PATIENT, deadline)
 }
 
@@ -311,7 +332,7 @@ fn a_cut_wire_ends_at_the_deadline() {
                 let engine = net.engine(rank, BRIEF);
                 let endpoint = join(&engine, deadline).unwrap();
                 if met.wait().is_leader() {
-                    net.cut[0].store(true, Ordering::SeqCst);
+                    net.cut(0);
                 }
                 met.wait();
                 let start = Instant::now();

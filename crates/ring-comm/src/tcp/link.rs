@@ -64,7 +64,7 @@ impl Link {
     }
 
     /// Reads and writes what is possible now; the reason if the peer is lost.
-    pub(super) fn poll(&mut self, events: &mut Vec<Event>) -> Result<(), String> {
+    pub(super) fn poll(&mut self, events: &mut Vec<Event<HostBuffer>>) -> Result<(), String> {
         let read = self
             .incoming
             .read(&mut &self.stream, BUDGET, &mut self.arrivals);

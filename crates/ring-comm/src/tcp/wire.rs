@@ -13,8 +13,8 @@ use std::{
 use super::{link::Link, mesh::Mesh};
 use crate::{
     buffer::HostBuffer,
-    remote::{End, Event, Wire},
-    transport::Rank,
+    remote::{End, Event, Wire, host_room_for},
+    transport::{Expected, Rank},
 };
 
 /// How long a rank that leaves alone waits for the others to hear what it has said last.
@@ -23,7 +23,7 @@ const LINGER: Duration = Duration::from_millis(500);
 const PAUSE: Duration = Duration::from_micros(200);
 
 /// One rank's connections to all others.
-pub(super) struct TcpWire {
+pub(crate) struct TcpWire {
     rank: Rank,
     /// By rank; none to this rank itself, and to those that are lost.
     links: Vec<Option<Link>>,
@@ -38,6 +38,15 @@ impl TcpWire {
         })
     }
 
+    /// Of a single rank.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn alone() -> Self {
+        Self {
+            rank: 0,
+            links: vec![None],
+        }
+    }
+
     /// The connection to a peer that is not lost.
     fn link(&mut self, peer: Rank) -> Option<&mut Link> {
         self.links.get_mut(peer)?.as_mut()
@@ -48,7 +57,7 @@ impl TcpWire {
     }
 }
 
-impl Wire for TcpWire {
+impl Wire<HostBuffer> for TcpWire {
     fn rank(&self) -> Rank {
         self.rank
     }
@@ -63,6 +72,14 @@ impl Wire for TcpWire {
         }
     }
 
+    fn room_for(
+        &mut self,
+        expected: Expected,
+        memory: Option<HostBuffer>,
+    ) -> Result<HostBuffer, String> {
+        Ok(host_room_for(expected, memory))
+    }
+
     fn send_data(&mut self, peer: Rank, sequence: u64, buffer: HostBuffer) {
         if let Some(link) = self.link(peer) {
             link.send_data(sequence, buffer);
@@ -75,7 +92,7 @@ impl Wire for TcpWire {
         }
     }
 
-    fn poll(&mut self, events: &mut Vec<Event>) {
+    fn poll(&mut self, events: &mut Vec<Event<HostBuffer>>) {
         for (peer, place) in self.links.iter_mut().enumerate() {
             let polled = place.as_mut().map(|link| link.poll(events));
             if let Some(Err(reason)) = polled {

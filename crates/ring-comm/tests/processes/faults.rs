@@ -12,7 +12,7 @@ use std::{
 };
 
 use ring_comm::{
-    CommError, CommErrorKind, Expected, Payload, Rank, RemoteEndpoint, Tag, Transport,
+    CommError, CommErrorKind, Expected, Payload, Rank, Tag, Transport,
     buffer::{DType, HostBuffer},
 };
 
@@ -121,7 +121,7 @@ fn expect(fault: Fault, victim: Rank, outcome: &Outcome) {
 }
 
 /// What one rank does, with an endpoint that has the deadline for which `group` is asked.
-pub(crate) fn perform(scenario: &str, group: impl FnOnce(Duration) -> RemoteEndpoint) {
+pub(crate) fn perform<T: Transport<HostBuffer>>(scenario: &str, group: impl FnOnce(Duration) -> T) {
     let named = |fault: &Fault, victim: Rank| format!("{fault:?}-{victim}") == scenario;
     let cases = Fault::ALL
         .into_iter()
@@ -142,7 +142,7 @@ pub(crate) fn perform(scenario: &str, group: impl FnOnce(Duration) -> RemoteEndp
     }
 }
 
-fn suffer(fault: Fault, endpoint: RemoteEndpoint) {
+fn suffer(fault: Fault, endpoint: impl Transport<HostBuffer>) {
     match fault {
         Fault::KilledBefore => signal_self("KILL"),
         Fault::KilledDuring => exchange(&endpoint, |round| {
@@ -187,7 +187,7 @@ fn suffer(fault: Fault, endpoint: RemoteEndpoint) {
     }
 }
 
-fn observe(fault: Fault, victim: Rank, endpoint: RemoteEndpoint) {
+fn observe(fault: Fault, victim: Rank, endpoint: impl Transport<HostBuffer>) {
     let result = match fault {
         Fault::KilledDuring => exchange(&endpoint, |_| ()),
         Fault::KilledAfter => {
@@ -224,7 +224,10 @@ fn observe(fault: Fault, victim: Rank, endpoint: RemoteEndpoint) {
 }
 
 /// Large messages from everybody to everybody, round after round.
-fn exchange(endpoint: &RemoteEndpoint, mut meanwhile: impl FnMut(u32)) -> Result<(), CommError> {
+fn exchange(
+    endpoint: &dyn Transport<HostBuffer>,
+    mut meanwhile: impl FnMut(u32),
+) -> Result<(), CommError> {
     const LEN: usize = 4 << 20;
     let peers = || others(endpoint.rank());
     let expected = Expected {
@@ -251,7 +254,7 @@ fn exchange(endpoint: &RemoteEndpoint, mut meanwhile: impl FnMut(u32)) -> Result
     Ok(())
 }
 
-fn receive(endpoint: &RemoteEndpoint, peer: Rank) -> Result<(), CommError> {
+fn receive(endpoint: &dyn Transport<HostBuffer>, peer: Rank) -> Result<(), CommError> {
     let expected = Expected {
         dtype: DType::F32,
         len: 1,

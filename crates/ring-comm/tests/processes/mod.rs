@@ -17,7 +17,8 @@ use std::{
 
 use launch::TASK;
 use ring_comm::{
-    RankPanic, RemoteEndpoint,
+    RankPanic, Transport,
+    buffer::HostBuffer,
     conformance::{self, Backend, RankBody, Staging},
 };
 
@@ -77,23 +78,26 @@ fn run_tests(tests: Vec<Test>) -> ExitCode {
 }
 
 /// Runs the conformance suite as one rank of `world_size`; `group` makes its endpoint of a group with some deadline.
-pub(crate) fn conform(world_size: usize, group: &dyn Fn(Duration) -> RemoteEndpoint) {
+pub(crate) fn conform<T: Transport<HostBuffer> + 'static>(
+    world_size: usize,
+    group: &dyn Fn(Duration) -> T,
+) {
     conformance::run_all(&Processes { world_size, group });
 }
 
 /// The processes of one launch; a case with another number of ranks is left to another one.
-struct Processes<'a> {
+struct Processes<'a, T> {
     world_size: usize,
-    group: &'a dyn Fn(Duration) -> RemoteEndpoint,
+    group: &'a dyn Fn(Duration) -> T,
 }
 
-impl Backend for Processes<'_> {
+impl<T: Transport<HostBuffer> + 'static> Backend for Processes<'_, T> {
     fn run(&self, world_size: usize, deadline: Duration, body: &RankBody<'_>) -> Vec<RankPanic> {
         if world_size != self.world_size {
             return Vec::new();
         }
         let endpoint = Arc::new((self.group)(deadline));
-        let rank = ring_comm::Transport::rank(endpoint.as_ref());
+        let rank = endpoint.rank();
         match catch_unwind(AssertUnwindSafe(|| body(endpoint))) {
             Ok(()) => Vec::new(),
             Err(payload) => vec![RankPanic {

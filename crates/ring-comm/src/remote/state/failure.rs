@@ -4,13 +4,14 @@ use std::time::Instant;
 
 use super::{Presence, Proposal, State, VERDICT_WITHIN};
 use crate::{
+    buffer::Buffer,
     error::{CommError, CommErrorKind},
     recorder::{self, Call},
     remote::frame::{Failure, Frame},
     transport::Rank,
 };
 
-impl State {
+impl<B: Buffer> State<B> {
     /// Records a failure of this rank. The first rank that is there decides which of several failures at once is the
     /// group's; if that is another rank it is asked, and the cause is known when it answers or does not in time.
     pub(in crate::remote) fn poison(&mut self, cause: CommError, now: Instant) {
@@ -33,13 +34,8 @@ impl State {
 
     /// Fails without telling anybody: there is no wire any more.
     pub(in crate::remote) fn give_up(&mut self, reason: &str) {
-        let culprit = self.rank;
-        let kind = CommErrorKind::Aborted {
-            culprit,
-            reason: reason.to_owned(),
-        };
         if self.cause.is_none() {
-            self.cause = Some(self.recorded(CommError::new(culprit, None, None, kind)));
+            self.cause = Some(self.recorded(aborted(self.rank, reason)));
         }
     }
 
@@ -73,6 +69,11 @@ impl State {
             reason: reason.to_owned(),
         };
         self.poison(CommError::new(self.rank, Some(peer), None, kind), now);
+    }
+
+    /// The wire fails on this rank.
+    pub(in crate::remote) fn broken(&mut self, reason: &str, now: Instant) {
+        self.poison(aborted(self.rank, reason), now);
     }
 
     /// Passes this rank's failure, if it has one, to the rank that decides.
@@ -121,4 +122,11 @@ impl State {
         self.cause = Some(failure.cause);
         self.proposal = None;
     }
+}
+
+/// What poisons the group of a rank that cannot go on.
+fn aborted(culprit: Rank, reason: &str) -> CommError {
+    let reason = reason.to_owned();
+    let kind = CommErrorKind::Aborted { culprit, reason };
+    CommError::new(culprit, None, None, kind)
 }

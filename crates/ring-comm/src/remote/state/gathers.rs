@@ -4,13 +4,14 @@ use std::collections::VecDeque;
 
 use super::{Attempt, Gather, REMEMBERED_GATHERS, State};
 use crate::{
+    buffer::Buffer,
     error::CommErrorKind,
     recorder,
     remote::frame::{Completed, Frame},
     transport::{GroupId, Rank},
 };
 
-impl State {
+impl<B: Buffer> State<B> {
     /// Sends the rank's part to the other members, once, and yields all parts when they are there.
     pub(in crate::remote) fn all_gather(
         &mut self,

@@ -4,20 +4,20 @@ use std::{mem, time::Instant};
 
 use super::{Attempt, Offer, Output, Peer, Presence, Progress, Receive, Send, State, Ticket};
 use crate::{
-    buffer::{Buffer, HostBuffer},
+    buffer::Buffer,
     error::CommErrorKind,
     recorder,
     remote::frame::Frame,
     transport::{Expected, MAX_OUTSTANDING_SENDS, Rank, Tag},
 };
 
-impl State {
+impl<B: Buffer> State<B> {
     /// Sends the buffer, which is taken out of the option, if there is room.
     pub(in crate::remote) fn send(
         &mut self,
         peer: Rank,
         tag: Tag,
-        buffer: &mut Option<HostBuffer>,
+        buffer: &mut Option<B>,
     ) -> Attempt<Ticket> {
         let has_room = self.peers[peer].can_take_another();
         let Some(buffer) = buffer.take_if(|_| has_room) else {
@@ -54,7 +54,7 @@ impl State {
         &mut self,
         peer: Rank,
         ticket: Ticket,
-    ) -> Attempt<(Option<HostBuffer>, Instant)> {
+    ) -> Attempt<(Option<B>, Instant)> {
         let sends = &mut self.peers[peer].sends;
         let Some(index) = sends.iter().position(|send| send.sequence == ticket) else {
             return Attempt::Blocked(peer);
@@ -75,7 +75,7 @@ impl State {
         peer: Rank,
         tag: Tag,
         expected: Expected,
-        memory: Option<HostBuffer>,
+        memory: Option<B>,
     ) -> Ticket {
         self.advance(self.current, recorder::Progress::Posted);
         self.next_ticket += 1;
@@ -102,7 +102,7 @@ impl State {
         &mut self,
         peer: Rank,
         ticket: Ticket,
-    ) -> Attempt<(HostBuffer, Instant)> {
+    ) -> Attempt<(B, Instant)> {
         let receives = &mut self.peers[peer].receives;
         let Some(index) = receives.iter().position(|receive| receive.ticket == ticket) else {
             return Attempt::Blocked(peer);
@@ -133,7 +133,7 @@ impl State {
         Attempt::Done((buffer, since))
     }
 
-    pub(in crate::remote) fn sent(&mut self, peer: Rank, sequence: u64, buffer: HostBuffer) {
+    pub(in crate::remote) fn sent(&mut self, peer: Rank, sequence: u64, buffer: B) {
         if let Some(send) = self.peers[peer].send_mut(sequence) {
             send.buffer = Some(buffer);
         }
@@ -143,10 +143,10 @@ impl State {
         &mut self,
         peer: Rank,
         sequence: u64,
-        buffer: HostBuffer,
+        buffer: B,
         since: Instant,
     ) {
-        let is_arriving = |receive: &&mut Receive| matches!(receive.progress, Progress::Arriving { sequence: arriving } if arriving == sequence);
+        let is_arriving = |receive: &&mut Receive<B>| matches!(receive.progress, Progress::Arriving { sequence: arriving } if arriving == sequence);
         let mut receives = self.peers[peer].receives.iter_mut();
         if let Some(receive) = receives.find(is_arriving) {
             receive.progress = Progress::Arrived { buffer, since };
@@ -170,25 +170,25 @@ impl State {
     }
 }
 
-impl Peer {
+impl<B> Peer<B> {
     /// Not even an open receive lifts the limit: the sender cannot know of it.
     pub(super) fn can_take_another(&self) -> bool {
         let untaken = self.sends.iter().filter(|send| send.taken.is_none());
         self.presence == Presence::Present && untaken.count() < MAX_OUTSTANDING_SENDS
     }
 
-    pub(super) fn send_mut(&mut self, sequence: u64) -> Option<&mut Send> {
+    pub(super) fn send_mut(&mut self, sequence: u64) -> Option<&mut Send<B>> {
         self.sends.iter_mut().find(|send| send.sequence == sequence)
     }
 }
 
-impl Receive {
+impl<B> Receive<B> {
     pub(super) fn is_open_for(&self, tag: Tag) -> bool {
         self.tag == tag && matches!(self.progress, Progress::Open { .. })
     }
 
-    /// Takes the message if it is what is expected: gives the wire memory for it, and tells the sender.
-    pub(super) fn take(&mut self, peer: Rank, offer: Offer) -> Vec<Output> {
+    /// Takes the message if it is what is expected: gives the wire the memory that was brought for it, and tells the sender.
+    pub(super) fn take(&mut self, peer: Rank, offer: Offer) -> Vec<Output<B>> {
         let Offer {
             dtype,
             len,
@@ -208,7 +208,8 @@ impl Receive {
             Output::ReceiveData {
                 peer,
                 sequence,
-                buffer: memory_for(self.expected, memory),
+                expected: self.expected,
+                memory,
             },
             Output::Frame {
                 peer,
@@ -216,21 +217,4 @@ impl Receive {
             },
         ]
     }
-}
-
-/// The memory that was brought, if it is of the right type, with the length of the message.
-fn memory_for(expected: Expected, memory: Option<HostBuffer>) -> HostBuffer {
-    let zeros = || HostBuffer::zeros(expected.dtype, expected.len);
-    let Some(mut memory) = memory.filter(|memory| memory.dtype() == expected.dtype) else {
-        return zeros();
-    };
-    if memory.capacity() < expected.len {
-        return zeros();
-    }
-    match &mut memory {
-        HostBuffer::F32(values) => values.resize(expected.len, Default::default()),
-        HostBuffer::F16(values) => values.resize(expected.len, Default::default()),
-        HostBuffer::BF16(values) => values.resize(expected.len, Default::default()),
-    }
-    memory
 }

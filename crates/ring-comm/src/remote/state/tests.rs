@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::{
     attempt::panicked,
-    buffer::Buffer,
+    buffer::{Buffer, HostBuffer},
+    remote::wire::host_room_for,
     transport::{MAX_OUTSTANDING_SENDS, Payload},
 };
 
@@ -13,9 +14,9 @@ const TAG: Tag = Tag::new(0, 0, Payload::KeyValue);
 const KEY: (GroupId, u64) = (GroupId::WHOLE, 7);
 
 /// Ranks that have met; nothing else has happened.
-fn ranks(world_size: usize) -> Vec<State> {
+fn ranks(world_size: usize) -> Vec<State<HostBuffer>> {
     let new = |rank| State::new(rank, world_size, 100, None);
-    let mut ranks: Vec<State> = (0..world_size).map(new).collect();
+    let mut ranks: Vec<State<HostBuffer>> = (0..world_size).map(new).collect();
     deliver_all(&mut ranks);
     assert!(
         ranks
@@ -26,7 +27,7 @@ fn ranks(world_size: usize) -> Vec<State> {
 }
 
 /// Does what `rank` wants done on the wire. Data arrives at once where memory waits for it.
-fn deliver(ranks: &mut [State], rank: Rank) {
+fn deliver(ranks: &mut [State<HostBuffer>], rank: Rank) {
     for output in ranks[rank].take_outputs() {
         match output {
             Output::Frame { peer, frame } => ranks[peer].hear(rank, frame, Instant::now()),
@@ -38,13 +39,17 @@ fn deliver(ranks: &mut [State], rank: Rank) {
             Output::ReceiveData {
                 peer,
                 sequence,
-                buffer,
-            } => ranks[rank].received(peer, sequence, buffer, Instant::now()),
+                expected,
+                memory,
+            } => {
+                let buffer = host_room_for(expected, memory);
+                ranks[rank].received(peer, sequence, buffer, Instant::now());
+            }
         }
     }
 }
 
-fn deliver_all(ranks: &mut [State]) {
+fn deliver_all(ranks: &mut [State<HostBuffer>]) {
     while let Some(rank) = ranks.iter().position(State::has_outputs) {
         deliver(ranks, rank);
     }
@@ -57,7 +62,7 @@ fn f32s(len: usize) -> Expected {
     }
 }
 
-fn send(state: &mut State, peer: Rank, len: usize) -> Option<Ticket> {
+fn send(state: &mut State<HostBuffer>, peer: Rank, len: usize) -> Option<Ticket> {
     let mut buffer = Some(HostBuffer::zeros(DType::F32, len));
     match state.send(peer, TAG, &mut buffer) {
         Attempt::Done(ticket) => Some(ticket),
@@ -65,7 +70,7 @@ fn send(state: &mut State, peer: Rank, len: usize) -> Option<Ticket> {
     }
 }
 
-fn gather(state: &mut State, part: &mut Option<Vec<u8>>) -> Attempt<Vec<Vec<u8>>> {
+fn gather(state: &mut State<HostBuffer>, part: &mut Option<Vec<u8>>) -> Attempt<Vec<Vec<u8>>> {
     let everybody: Vec<Rank> = (0..state.world_size()).collect();
     state.all_gather(KEY, &everybody, part)
 }
@@ -254,7 +259,7 @@ fn a_lost_rank_is_a_failure_and_a_departed_one_is_not() {
 
 #[test]
 fn a_rank_of_a_group_of_another_size_is_refused() {
-    let mut state = State::new(0, 2, 0, None);
+    let mut state = State::<HostBuffer>::new(0, 2, 0, None);
     let hello = Frame::Hello {
         world_size: 3,
         process: None,
@@ -266,4 +271,16 @@ fn a_rank_of_a_group_of_another_size_is_refused() {
         cause.to_string().contains("a group of 3 ranks, not of 2"),
         "{cause}"
     );
+}
+
+#[test]
+fn a_rank_whose_wire_fails_blames_itself() {
+    let mut ranks = ranks(2);
+    ranks[1].broken("no memory", Instant::now());
+    deliver_all(&mut ranks);
+    for state in &ranks {
+        let cause = state.cause().unwrap();
+        assert_eq!((cause.rank, cause.culprit()), (1, 1));
+        assert!(cause.to_string().contains("no memory"), "{cause}");
+    }
 }
