@@ -258,6 +258,14 @@ pub trait PendingSend<B>: Send + fmt::Debug {
     /// # Errors
     /// [`CommError`] on poison, departure of the peer, or when the deadline passes.
     fn wait(self: Box<Self>) -> Result<Option<B>, CommError>;
+
+    /// As [`wait`](Self::wait), and tells when the message was taken; by default, the end of the wait.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait).
+    fn wait_timed(self: Box<Self>) -> Result<(Option<B>, Instant), CommError> {
+        self.wait().map(|memory| (memory, Instant::now()))
+    }
 }
 
 /// What a backend implements for a receive in progress. Dropping it unfinished must poison the group.
@@ -267,6 +275,14 @@ pub trait PendingRecv<B>: Send + fmt::Debug {
     /// # Errors
     /// [`CommError`] on poison, departure of the peer, a message of another size or type, or when the deadline passes.
     fn wait(self: Box<Self>) -> Result<B, CommError>;
+
+    /// As [`wait`](Self::wait), and tells when the message arrived; by default, the end of the wait.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait).
+    fn wait_timed(self: Box<Self>) -> Result<(B, Instant), CommError> {
+        self.wait().map(|buffer| (buffer, Instant::now()))
+    }
 }
 
 /// A send in progress; must be waited for.
@@ -311,7 +327,7 @@ impl<B: Buffer> SendRequest<B> {
     pub fn wait_timed(self) -> Result<(Option<B>, Instant), CommError> {
         match self.0 {
             Request::Loopback(pending) => pending.wait(),
-            Request::Other(pending) => pending.wait().map(|memory| (memory, Instant::now())),
+            Request::Other(pending) => pending.wait_timed(),
         }
     }
 }
@@ -341,7 +357,7 @@ impl<B: Buffer> RecvRequest<B> {
     pub fn wait_timed(self) -> Result<(B, Instant), CommError> {
         match self.0 {
             Request::Loopback(pending) => pending.wait(),
-            Request::Other(pending) => pending.wait().map(|buffer| (buffer, Instant::now())),
+            Request::Other(pending) => pending.wait_timed(),
         }
     }
 }

@@ -4,7 +4,11 @@
 //! engine going, so they can be finished after the endpoint is gone. A request owns its memory only until it is given to
 //! the engine, which keeps it until the network is done with it, whatever becomes of the request.
 
-use std::{sync::Arc, thread, time::Duration};
+use std::{
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use super::{
     engine::Engine,
@@ -228,15 +232,19 @@ impl<B: Buffer> Drop for Request<B> {
 struct RemoteSend<B: Buffer>(Request<B>);
 
 impl<B: Buffer> PendingSend<B> for RemoteSend<B> {
-    fn wait(mut self: Box<Self>) -> Result<Option<B>, CommError> {
+    fn wait(self: Box<Self>) -> Result<Option<B>, CommError> {
+        self.wait_timed().map(|(memory, _)| memory)
+    }
+
+    fn wait_timed(mut self: Box<Self>) -> Result<(Option<B>, Instant), CommError> {
         let request = &mut self.0;
         let (peer, ticket) = (request.peer, request.ticket);
         let entry = Entry::Request(request.record);
         let session = &request.handle.session;
-        let (memory, _) =
+        let finished =
             session.complete(request.subject, entry, |state| state.finish(peer, ticket))?;
         request.is_finished = true;
-        Ok(memory)
+        Ok(finished)
     }
 }
 
@@ -244,14 +252,18 @@ impl<B: Buffer> PendingSend<B> for RemoteSend<B> {
 struct RemoteReceive<B: Buffer>(Request<B>);
 
 impl<B: Buffer> PendingRecv<B> for RemoteReceive<B> {
-    fn wait(mut self: Box<Self>) -> Result<B, CommError> {
+    fn wait(self: Box<Self>) -> Result<B, CommError> {
+        self.wait_timed().map(|(buffer, _)| buffer)
+    }
+
+    fn wait_timed(mut self: Box<Self>) -> Result<(B, Instant), CommError> {
         let request = &mut self.0;
         let (peer, ticket) = (request.peer, request.ticket);
         let entry = Entry::Request(request.record);
         let session = &request.handle.session;
-        let (buffer, _) =
+        let collected =
             session.complete(request.subject, entry, |state| state.collect(peer, ticket))?;
         request.is_finished = true;
-        Ok(buffer)
+        Ok(collected)
     }
 }

@@ -27,13 +27,13 @@ use crate::{
     transport::Rank,
 };
 
-/// How long the engine looks at the wire without a break when data is flowing and nothing seems to happen.
+/// How long the engine looks at the wire without a break when somebody waits for data that is flowing, and nothing seems to happen.
 const EAGER: Duration = Duration::from_millis(200);
 /// The same when something is expected from a peer.
 const ATTENTIVE: Duration = Duration::from_micros(50);
-/// Between two looks at the wire when something is expected.
+/// Between two looks at the wire when data is flowing, or somebody waits for something.
 const SHORT_BREAK: Duration = Duration::from_micros(100);
-/// Between two looks at the wire when nothing is.
+/// Between two looks at the wire when nothing is expected, or for long.
 const LONG_BREAK: Duration = Duration::from_millis(1);
 /// Between two looks at the processes of the peers.
 const BETWEEN_CHECKS: Duration = Duration::from_millis(50);
@@ -593,20 +593,24 @@ fn tell<B: Buffer>(state: &mut State<B>, news: News<B>, now: Instant) {
     }
 }
 
-/// Pauses, the shorter the more is expected: nobody shall wait for this thread, nor shall it take a core from them.
+/// Pauses, the shorter the more is waited for: nobody shall wait for this thread, nor shall it take a core from who computes.
 fn rest<B: Buffer>(session: &Session<B>, inner: MutexGuard<'_, Inner<B>>, quiet: Duration) {
-    let is_expectant = inner.waiting > 0 || inner.state.expects_something();
-    let eager = match (inner.state.is_flowing(), is_expectant) {
-        (true, _) => EAGER,
-        (false, true) => ATTENTIVE,
-        (false, false) => Duration::ZERO,
+    let is_awaited = inner.waiting > 0;
+    let is_flowing = inner.state.is_flowing();
+    let is_expectant = is_awaited || inner.state.expects_something();
+    let eager = match (is_flowing, is_expectant) {
+        (true, _) if is_awaited => EAGER,
+        (_, true) => ATTENTIVE,
+        (_, false) => Duration::ZERO,
     };
     if quiet < eager {
         drop(inner);
         return thread::yield_now();
     }
-    let longest = if is_expectant {
+    let longest = if is_awaited || is_flowing {
         SHORT_BREAK
+    } else if is_expectant {
+        (quiet / 4).clamp(SHORT_BREAK, LONG_BREAK)
     } else {
         LONG_BREAK
     };
