@@ -2,11 +2,13 @@
 
 use std::{
     io::{Read, Write},
-    net::{Shutdown, TcpListener, TcpStream},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{Arc, mpsc},
     thread,
     time::Instant,
 };
+
+use socket2::{Domain, Socket, Type};
 
 use super::{
     connection::Timed,
@@ -19,6 +21,16 @@ const LONG: Duration = Duration::from_secs(30);
 /// Long enough for something that does not happen.
 const SHORT: Duration = Duration::from_millis(100);
 const ANYWHERE: &str = "127.0.0.1:0";
+
+/// An address that nobody else is given while the socket is kept, and at which anybody can listen.
+fn reserve() -> (Socket, String) {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.set_reuse_address(true).unwrap();
+    let anywhere: SocketAddr = ANYWHERE.parse().unwrap();
+    socket.bind(&anywhere.into()).unwrap();
+    let address = socket.local_addr().unwrap().as_socket().unwrap();
+    (socket, address.to_string())
+}
 
 /// Rank 0 of a job of `world_size` ranks.
 fn serve(world_size: usize) -> Store {
@@ -114,8 +126,8 @@ fn a_get_waits_for_its_key_and_a_set_replaces() {
 #[test]
 fn rank_zero_may_be_late() {
     // Something that lets rank 1 connect once, and is gone before rank 0 comes.
-    let early = TcpListener::bind(ANYWHERE).unwrap();
-    let address = early.local_addr().unwrap().to_string();
+    let (_reserved, address) = reserve();
+    let early = TcpListener::bind(&address).unwrap();
     thread::scope(|scope| {
         let one = scope.spawn(|| Store::open(&address, Membership::new(1, 2), LONG));
         drop(early.accept().unwrap());
@@ -139,8 +151,8 @@ fn rank_zero_may_leave_after_a_barrier() {
 
 #[test]
 fn rank_zero_that_never_comes_is_an_error_at_the_deadline() {
-    let listener = TcpListener::bind(ANYWHERE).unwrap();
-    let address = listener.local_addr().unwrap().to_string();
+    let (_reserved, address) = reserve();
+    let listener = TcpListener::bind(&address).unwrap();
     // Accepted by the system, never answered.
     let start = Instant::now();
     let error = Store::open(&address, Membership::new(1, 2), SHORT).unwrap_err();
