@@ -1,5 +1,7 @@
 //! The golden cases, and how results are held against them.
 
+#![allow(dead_code, reason = "each test uses a part of it")]
+
 use std::{
     collections::BTreeMap,
     fs,

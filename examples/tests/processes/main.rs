@@ -4,7 +4,6 @@
 //! under `mpirun`; as a rank it computes the golden cases. Words on the command line choose among the tests.
 
 #[path = "../golden_cases/mod.rs"]
-#[allow(dead_code, reason = "another test uses the rest")]
 mod golden_cases;
 mod launch;
 mod training;
