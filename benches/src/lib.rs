@@ -5,6 +5,8 @@
 //! - [`module`]: the Burn module around them;
 //! - [`compare`]: side-by-side runs against PyTorch, and of this workspace against itself;
 //! - [`overlap`]: what a shift costs that goes on under a computation;
+//! - [`processes`]: ranks that are processes, started from here, and the report on them;
+//! - [`timeline`]: a trace as a picture;
 //! - [`machine`]: the machine that measures;
 //! - [`heap`]: a counting allocator, and what one thread held at most;
 //! - [`metered`]: a transport that charges every message to the rank that holds it;
@@ -17,5 +19,7 @@ pub mod memory;
 pub mod metered;
 pub mod module;
 pub mod overlap;
+pub mod processes;
+pub mod timeline;
 pub mod work;
 pub mod workload;

@@ -6,11 +6,12 @@ use std::{
 };
 
 use ring_comm::{
-    CommError, Communicator, Expected, Loopback, Payload, Tag,
+    CommError, Communicator, Expected, Payload, Tag,
     buffer::{Buffer, DType, HostBuffer},
     collective::barrier,
 };
 use ring_core::{AttentionSpec, Pattern, Shape};
+use serde::{Deserialize, Serialize};
 
 use crate::workload::Rank;
 
@@ -36,10 +37,7 @@ impl Computation {
             head_dim: 64,
         };
         let spec = AttentionSpec::new(Pattern::full(), shape, 1024).expect("sizes that fit");
-        let [alone] = Loopback::group(1, Duration::ZERO)
-            .try_into()
-            .expect("a group of one has one endpoint");
-        let rank = Rank::new(&spec, alone, 1);
+        let rank = Rank::of(&spec, Communicator::single(), 1);
         let mut computation = Self {
             rank,
             repetitions: 4,
@@ -82,15 +80,15 @@ impl Computation {
     }
 }
 
-/// Times of one repetition, each from a barrier until the last rank is done.
-#[derive(Clone, Copy, Debug)]
+/// Seconds of one repetition, each from a barrier until the last rank is done.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Times {
     /// The computation alone.
-    pub computation: Duration,
+    pub computation: f64,
     /// The shift alone.
-    pub shift: Duration,
+    pub shift: f64,
     /// The computation, with the shift going on meanwhile.
-    pub both: Duration,
+    pub both: f64,
 }
 
 /// Times computation, shift, and both, in turn.
@@ -160,18 +158,19 @@ impl Shift {
     }
 }
 
-/// The longest that `work` takes on any rank, all of which begin together.
-fn timed(
+/// The seconds that `work` takes on the rank where it takes longest; all begin together.
+///
+/// # Errors
+/// That of `work`, or of the exchange.
+pub fn timed<E: From<CommError>>(
     communicator: &Communicator<HostBuffer>,
-    work: impl FnOnce() -> Result<(), CommError>,
-) -> Result<Duration, CommError> {
+    work: impl FnOnce() -> Result<(), E>,
+) -> Result<f64, E> {
     barrier(communicator)?;
     let started = Instant::now();
     work()?;
     let own = started.elapsed().as_secs_f64().to_le_bytes();
     let all = communicator.all_gather_bytes("time", &own)?;
     let read = |bytes: Vec<u8>| bytes.try_into().map_or(f64::NAN, f64::from_le_bytes);
-    Ok(Duration::from_secs_f64(
-        all.into_iter().map(read).fold(0.0, f64::max),
-    ))
+    Ok(all.into_iter().map(read).fold(0.0, f64::max))
 }

@@ -53,7 +53,19 @@ impl Rank {
         transport: impl Transport<HostBuffer> + 'static,
         threads: usize,
     ) -> Self {
-        let rank = transport.rank();
+        Self::of(spec, Communicator::new(Arc::new(transport)), threads)
+    }
+
+    /// As [`new`](Self::new), the rank of `communicator`.
+    ///
+    /// # Panics
+    /// If the computation is not possible.
+    pub fn of(
+        spec: &AttentionSpec,
+        communicator: Communicator<HostBuffer>,
+        threads: usize,
+    ) -> Self {
+        let rank = communicator.rank();
         let plan = Plan::new(spec, rank).expect("the specification is sound");
         let problem = plan.problem();
         let dim = problem.head_dim;
@@ -61,7 +73,7 @@ impl Rank {
         let key_len = problem.batch * problem.kv_heads * problem.keys * dim;
         let tensor = |len, which| numbers(spec.dtype, len, (4 * rank + which + 1) as u64);
         Self {
-            communicator: Communicator::new(Arc::new(transport)),
+            communicator,
             kernels: CpuKernels::new(threads).expect("threads can be started"),
             query: tensor(query_len, 0),
             key: tensor(key_len, 1),

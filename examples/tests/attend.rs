@@ -4,7 +4,7 @@ mod golden_cases;
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Output},
 };
 
@@ -16,7 +16,7 @@ use ring_core::{
     oracle::{OracleInput, attention},
 };
 use ring_examples::attend::{self, Input, Measurement, Options};
-use safetensors::{Dtype, tensor::TensorView};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
 /// Rounds to a 16-bit type and back.
 type Rounding = fn(f32) -> f32;
@@ -186,7 +186,9 @@ fn rounded_inputs_give_what_the_oracle_says_of_them() {
             let mut arguments = vec!["attend", "--output", "none", "--input", path(&file)];
             arguments.extend(case.options.iter().map(String::as_str));
             let options = Options::try_parse_from(arguments).unwrap();
-            let spec = options.spec(&Input::open(&options).unwrap()).unwrap();
+            let spec = options
+                .spec(&Input::open(&options).unwrap(), options.ranks.unwrap_or(1))
+                .unwrap();
             let tensors = read(&file);
             let wide = |name: &str| -> Vec<f64> {
                 tensors[name].iter().map(|&x| f64::from(round(x))).collect()
@@ -500,7 +502,9 @@ fn random_runs_print_one_line_whose_bytes_are_the_plans() {
     let line: Measurement = serde_json::from_str(&text).unwrap();
 
     let options = Options::try_parse_from(["attend"].iter().chain(&arguments)).unwrap();
-    let spec = options.spec(&Input::open(&options).unwrap()).unwrap();
+    let spec = options
+        .spec(&Input::open(&options).unwrap(), options.ranks.unwrap_or(1))
+        .unwrap();
     let estimates: Vec<CommunicationEstimate> = (0..3)
         .map(|rank| CommunicationEstimate::new(&Plan::new(&spec, rank).unwrap()))
         .collect();
