@@ -63,7 +63,8 @@ pub fn merged(files: &[PathBuf]) -> Result<Vec<Value>, TimelineError> {
             error,
         })?;
         let mut trace: Value = serde_json::from_str(&text).map_err(|_| no_trace())?;
-        let Value::Array(mut events) = trace["traceEvents"].take() else {
+        let events = trace.get_mut("traceEvents").map(Value::take);
+        let Some(Value::Array(mut events)) = events else {
             return Err(no_trace());
         };
         // When the process was named, by the clock of the day and by that of the trace.
