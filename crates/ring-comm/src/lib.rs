@@ -10,6 +10,8 @@
 //! - [`Loopback`]: the backend in which ranks are threads of one process;
 //! - [`Tcp`]: the backend in which ranks are processes, started by anything that tells them their place;
 //! - `Mpi`: with the feature `mpi`, the backend in which ranks are processes under `mpirun`;
+//! - `Nccl`: with the feature `nccl`, the backend in which ranks are processes with an NVIDIA GPU each, and device memory travels;
+//! - [`Staged`]: any transport of host memory, for buffers that are elsewhere;
 //! - [`Communicator`]: a transport with the numbering of operations and the check that all ranks plan the same;
 //!   [`Communicator::from_env`] makes one for however the process was started;
 //! - [`BufferPool`]: memory of messages, kept for the next ones;

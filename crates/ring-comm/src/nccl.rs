@@ -2,7 +2,8 @@
 //!
 //! [`Nccl::init`] connects a process with all others of its job, as its [`Launch`] describes it, a GPU each; [`Nccl::group`] joins them
 //! into a group; one can follow another. Control frames travel over TCP (or MPI, with `Nccl::init_over_mpi`), data by NCCL on a
-//! stream of its own, issued in [one order](order) that all ranks find together.
+//! stream of its own, issued in one order that all ranks find together (the head of `nccl/order.rs` has the argument why they never wait for
+//! one another in a circle).
 //!
 //! What it adds to the rules at the head of [`Transport`](crate::Transport)'s module:
 //!
@@ -11,6 +12,8 @@
 //!   done. When it has been waited for, the contents are there for every stream.
 //! - No call waits for the GPU but those that wait for a message. When a group fails while something is on a stream, every rank
 //!   aborts its communicator; the next group makes a new one.
+//! - A rank is a process: NCCL reads and writes the memory of another rank of the same process directly, for which [`CudaBuffer`] is not
+//!   prepared.
 //! - Leaving takes all ranks, as with MPI: drop everything at about the same time.
 //!
 //! # What it needs

@@ -3,7 +3,7 @@
 use std::{
     ptr,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -158,26 +158,21 @@ impl Communicator {
     /// Gives it up on a thread of its own, since that may take a while: what is on its stream ends. True when that is over.
     pub(super) fn abort(self, device: &CudaDevice) -> Arc<AtomicBool> {
         let is_over = Arc::new(AtomicBool::new(false));
-        let work = {
-            let (device, is_over) = (device.clone(), Arc::clone(&is_over));
-            let communicator = Shared(Arc::new(self));
-            let copy = Shared(Arc::clone(&communicator.0));
-            let run = move || {
+        let place = Arc::new(Mutex::new(Some(self)));
+        let run = {
+            let (device, is_over, place) =
+                (device.clone(), Arc::clone(&is_over), Arc::clone(&place));
+            move || {
                 // Without it NCCL chooses the GPU itself.
                 let _ = device.keep_current();
-                copy.abort();
+                abort_in(&place);
                 is_over.store(true, Ordering::Release);
-            };
-            (
-                communicator,
-                thread::Builder::new()
-                    .name("ring-nccl-abort".to_owned())
-                    .spawn(run),
-            )
+            }
         };
-        if let (communicator, Err(_)) = work {
-            // No thread, so it must happen here.
-            communicator.abort();
+        let thread = thread::Builder::new().name("ring-nccl-abort".to_owned());
+        if thread.spawn(run).is_err() {
+            // So it must happen here.
+            abort_in(&place);
             is_over.store(true, Ordering::Release);
         }
         is_over
@@ -193,15 +188,10 @@ impl Communicator {
     }
 }
 
-/// A communicator to be aborted, by the one or the other.
-struct Shared(Arc<Communicator>);
-
-// SAFETY: only one of the two ever uses it: the thread, or, if there is none, who wanted it.
-unsafe impl Send for Shared {}
-
-impl Shared {
-    fn abort(&self) {
-        self.0.abort_now();
+fn abort_in(place: &Mutex<Option<Communicator>>) {
+    let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(communicator) = place.take() {
+        communicator.abort_now();
     }
 }
 

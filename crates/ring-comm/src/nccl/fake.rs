@@ -53,6 +53,8 @@ struct Stream {
     /// Looks until an abort is over.
     aborting: usize,
     failure: Option<&'static str>,
+    /// There is no memory but what is brought.
+    is_full: bool,
 }
 
 struct Group {
@@ -95,6 +97,11 @@ impl Fabric {
     /// From now on the calls of this rank fail.
     pub(super) fn fail(&self, rank: Rank, reason: &'static str) {
         self.lock().streams[rank].failure = Some(reason);
+    }
+
+    /// From now on this rank has no memory but what is brought.
+    pub(super) fn fill_up(&self, rank: Rank) {
+        self.lock().streams[rank].is_full = true;
     }
 
     /// Lets nothing happen any more on any stream, or lets it go on.
@@ -284,6 +291,12 @@ impl Device<HostBuffer> for FakeDevice {
         expected: Expected,
         memory: Option<HostBuffer>,
     ) -> Result<HostBuffer, NcclError> {
+        if memory.is_none() && self.fabric.lock().streams[self.rank].is_full {
+            return Err(NcclError::Driver {
+                call: "cuMemAllocAsync",
+                reason: "out of memory".to_owned(),
+            });
+        }
         Ok(host_room_for(expected, memory))
     }
 

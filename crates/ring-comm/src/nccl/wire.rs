@@ -14,6 +14,9 @@
 //! what the rank has agreed on with a peer, which may have sent already. So with every group of ranks all
 //! tell all, before anything else, which communicator they have; if they do not all have the same, rank 0 makes a new one.
 
+mod grouping;
+mod renewal;
+
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     mem,
@@ -25,7 +28,7 @@ use super::{
     error::NcclError,
     frame::{self, Incoming, WireFrame},
     library::UniqueId,
-    order::{Order, Position},
+    order::Order,
 };
 use crate::{
     buffer::{Buffer, HostBuffer},
@@ -82,8 +85,9 @@ impl<B: Buffer, C: Wire<HostBuffer>, D: Device<B>> NcclWire<B, C, D> {
     ) -> Result<Self, NcclError> {
         let (rank, world_size) = (control.rank(), control.world_size());
         let begun = device.connect(id, rank, world_size);
-        let connected =
-            begun.and_then(|()| connect_within(&mut device, &mut control, &mut heard, deadline));
+        let connected = begun.and_then(|()| {
+            renewal::connect_within(&mut device, &mut control, &mut heard, deadline)
+        });
         if let Err(error) = connected {
             device.abort();
             device.close(false);
@@ -190,101 +194,6 @@ impl<B: Buffer, C: Wire<HostBuffer>, D: Device<B>> NcclWire<B, C, D> {
             }
         }
         Ok(())
-    }
-
-    fn all_have_begun(&mut self) -> bool {
-        let (own, epoch) = (self.control.rank(), self.epoch);
-        let mut peers = self.begun.iter_mut().enumerate();
-        peers.all(|(rank, begun)| {
-            while begun.front().is_some_and(|&(of, _)| of < epoch) {
-                begun.pop_front();
-            }
-            rank == own || begun.front().is_some_and(|&(of, _)| of == epoch)
-        })
-    }
-
-    /// Whether all ranks have the same communicator.
-    fn compare(&mut self) {
-        let is_same = |begun: &VecDeque<_>| {
-            begun
-                .front()
-                .is_none_or(|&(_, theirs)| theirs == self.communicator)
-        };
-        self.stage = if self.communicator.is_some() && self.begun.iter().all(is_same) {
-            Stage::Connecting
-        } else {
-            Stage::Replacing
-        };
-    }
-
-    /// Makes a new communicator, when the old one is gone.
-    fn replace(&mut self, status: Status) -> Result<(), NcclError> {
-        self.communicator = None;
-        match status {
-            Status::Aborting => return Ok(()),
-            Status::Unconnected => {}
-            _ => {
-                self.device.abort();
-                return Ok(());
-            }
-        }
-        let (rank, world_size, epoch) =
-            (self.control.rank(), self.control.world_size(), self.epoch);
-        if rank == 0 {
-            let id = self.device.unique_id()?;
-            self.tell_all(&WireFrame::Connect {
-                epoch,
-                id: id.clone(),
-            });
-            self.invitation = Some((epoch, id));
-        }
-        let Some((_, id)) = self.invitation.take_if(|(of, _)| *of == epoch) else {
-            return Ok(());
-        };
-        self.device.connect(&id, rank, world_size)?;
-        self.communicator = Some(epoch);
-        self.connected.clear();
-        self.stage = Stage::Connecting;
-        Ok(())
-    }
-
-    /// What is certain to come next, as far as it may be issued together.
-    fn next_group(&mut self) -> Vec<Half<B>> {
-        let mut group: Vec<Half<B>> = Vec::new();
-        while let Some(position) = self.order.next().filter(|_| group.len() < LARGEST_GROUP) {
-            let (direction, peer) = self.side(position);
-            let is_like = |half: &Half<B>| (half.direction, half.peer) == (direction, peer);
-            let pair = (position.source, position.destination);
-            let is_first = !self.connected.contains(&pair);
-            if group.iter().any(is_like) || (is_first && !group.is_empty()) {
-                break;
-            }
-            self.order.issued(position);
-            let key = (direction, peer, position.sequence);
-            let Some(buffer) = self.waiting.remove(&key) else {
-                continue;
-            };
-            group.push(Half {
-                peer,
-                sequence: position.sequence,
-                direction,
-                buffer,
-            });
-            if is_first {
-                self.connected.insert(pair);
-                break;
-            }
-        }
-        group
-    }
-
-    /// This rank's part in a transfer, and the other rank.
-    fn side(&self, position: Position) -> (Direction, Rank) {
-        if position.source == self.control.rank() {
-            (Direction::Out, position.destination)
-        } else {
-            (Direction::In, position.source)
-        }
     }
 
     fn hand_over(&mut self, half: Half<B>) -> bool {
@@ -404,28 +313,6 @@ impl<B: Buffer, C: Wire<HostBuffer>, D: Device<B>> Wire<B> for NcclWire<B, C, D>
         self.device.close(end == End::Together && is_sound);
         self.control.close(end);
     }
-}
-
-/// Waits for the first communicator, and keeps what comes over the control wire meanwhile.
-fn connect_within<B, C: Wire<HostBuffer>, D: Device<B>>(
-    device: &mut D,
-    control: &mut C,
-    heard: &mut Vec<Event<HostBuffer>>,
-    deadline: Deadline,
-) -> Result<(), NcclError> {
-    while device.poll()? != Status::Idle {
-        let before = heard.len();
-        control.poll(heard);
-        for event in &heard[before..] {
-            if let Event::Lost { peer, reason } = event {
-                let (rank, reason) = (*peer, reason.clone());
-                return Err(NcclError::PeerLost { rank, reason });
-            }
-        }
-        deadline.check(|| "the ranks to make a communicator".to_owned())?;
-        deadline.pause();
-    }
-    Ok(())
 }
 
 impl<B> Half<B> {

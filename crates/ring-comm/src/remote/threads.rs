@@ -88,6 +88,7 @@ impl Net {
     }
 
     /// Frames that the ranks have sent so far.
+    #[cfg(feature = "nccl")]
     pub(crate) fn frames_sent(&self) -> usize {
         self.frames_sent.load(Ordering::SeqCst)
     }

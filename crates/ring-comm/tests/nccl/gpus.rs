@@ -9,6 +9,8 @@ use ring_comm::{
     nccl::{CudaBuffer, CudaDevice, NcclEndpoint, Version},
 };
 
+#[cfg(feature = "mpi")]
+use crate::processes::launch::this_program;
 use crate::{
     processes::{
         PATIENT, Test, conform, faults,
@@ -25,7 +27,7 @@ const RANKS_OF_FAULTS: usize = 3;
 /// What one rank does, in host memory that is copied to its GPU.
 pub(crate) fn perform(task: &str) {
     let device: usize = env::var(DEVICE).unwrap().parse().unwrap();
-    let nccl = Nccl::init(&from_env().unwrap(), Some(device)).unwrap();
+    let nccl = init(device);
     let group = |deadline: Duration| -> Hosted<CudaBuffer, NcclEndpoint> {
         let endpoint = nccl.group_within(PATIENT, deadline).unwrap();
         Hosted::new(endpoint, nccl.device().clone())
@@ -34,6 +36,36 @@ pub(crate) fn perform(task: &str) {
         "conformance" => conform(nccl.world_size(), &group),
         scenario => faults::perform(scenario, group),
     }
+}
+
+#[cfg(not(feature = "mpi"))]
+fn init(device: usize) -> Nccl {
+    Nccl::init(&from_env().unwrap(), Some(device)).unwrap()
+}
+
+/// Over MPI if `mpirun` has started this.
+#[cfg(feature = "mpi")]
+fn init(device: usize) -> Nccl {
+    let launch = from_env().unwrap();
+    let init = match env::var("OMPI_COMM_WORLD_RANK") {
+        Ok(_) => Nccl::init_over_mpi,
+        Err(_) => Nccl::init,
+    };
+    init(&launch, Some(device)).unwrap()
+}
+
+/// The ranks are started by `mpirun`, all on one GPU or alone.
+#[cfg(feature = "mpi")]
+fn launch_under_mpi(world_size: usize) -> Outcome {
+    let mut mpirun = Command::new("mpirun");
+    mpirun
+        .args(["--allow-run-as-root", "--oversubscribe", "-n"])
+        .arg(world_size.to_string())
+        .arg(this_program().get_program())
+        .env(DEVICE, "0")
+        .env("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+        .env("NCCL_MAX_CTAS", "4");
+    run(vec![mpirun], "conformance", world_size)
 }
 
 /// What this machine has the GPUs for; says what is left out.
@@ -56,6 +88,12 @@ pub(crate) fn tests(version: Version) -> Vec<Test> {
         Test::new(format!("nccl conforms with {world_size} ranks"), run)
     });
     let mut tests: Vec<Test> = conformance.collect();
+    #[cfg(feature = "mpi")]
+    for world_size in if can_share { 1..=2 } else { 1..=1 } {
+        let run = move || launch_under_mpi(world_size).expect_success();
+        let name = format!("nccl conforms with {world_size} ranks under mpirun");
+        tests.push(Test::new(name, run));
+    }
     if most >= RANKS_OF_FAULTS {
         tests.extend(faults::tests(launch));
     }

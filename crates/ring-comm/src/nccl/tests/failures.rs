@@ -179,3 +179,28 @@ fn engine_is_running(world: &World, rank: Rank) -> bool {
     }
     world.fabric.is_running(rank)
 }
+
+#[test]
+fn a_rank_without_memory_for_a_message_says_so() {
+    let world = PROMPT.world(2);
+    world.fabric.fill_up(1);
+    world.run(2, |rank, engine| {
+        let endpoint = join(engine, PATIENT).unwrap();
+        // What is brought is enough.
+        if rank == 1 {
+            let memory = Some(message(1));
+            let receive = endpoint.irecv_into(0, TAG, ONE, memory).unwrap();
+            assert_eq!(receive.wait().unwrap(), message(0));
+        } else {
+            endpoint.isend(1, TAG, message(0)).unwrap().wait().unwrap();
+        }
+        let error = shift(&endpoint).unwrap_err();
+        assert_eq!(error.culprit(), 1, "{error}");
+        assert!(
+            error
+                .to_string()
+                .contains("cuMemAllocAsync failed: out of memory"),
+            "{error}"
+        );
+    });
+}

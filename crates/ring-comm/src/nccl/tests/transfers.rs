@@ -39,7 +39,7 @@ impl Ranks {
         };
         let wires = thread::scope(|scope| {
             let start = |rank| scope.spawn(move || start(rank));
-            let threads: Vec<_> = (0..world_size).map(|rank| start(rank)).collect();
+            let threads: Vec<_> = (0..world_size).map(start).collect();
             threads
                 .into_iter()
                 .map(|thread| thread.join().unwrap())
