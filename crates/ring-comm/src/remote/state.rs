@@ -27,7 +27,8 @@ use crate::{
     transport::{Expected, GroupId, Rank, Tag, Traffic},
 };
 
-/// How long a rank that failed waits for the verdict of the rank that decides which failure is the group's.
+/// How long a rank that failed waits for the verdict of the rank that decides which failure is the group's; then as long for that
+/// of the next.
 pub(super) const VERDICT_WITHIN: Duration = Duration::from_millis(500);
 /// All-gathers whose results a failure brings along.
 const REMEMBERED_GATHERS: usize = 8;
@@ -146,7 +147,9 @@ struct Proposal {
     failure: Failure,
     /// Who was asked.
     asked: Option<Rank>,
-    /// When to decide without an answer.
+    /// Who was asked before and did not answer.
+    silent: Option<Rank>,
+    /// When to go on without an answer.
     expiry: Instant,
 }
 

@@ -26,6 +26,7 @@ impl State {
         self.proposal = Some(Proposal {
             failure,
             asked: None,
+            silent: None,
             expiry: now + VERDICT_WITHIN,
         });
         self.ask_for_verdict();
@@ -53,11 +54,17 @@ impl State {
         cause.with_history(self.recorder.snapshot())
     }
 
-    /// Decides about this rank's failure itself if the answer takes too long.
+    /// Asks another rank if the answer takes too long, and then decides about this rank's failure itself.
     pub(in crate::remote) fn tick(&mut self, now: Instant) {
-        if let Some(proposal) = self.proposal.take_if(|proposal| proposal.expiry <= now) {
-            self.decide(proposal.failure);
+        let expired = self.proposal.take_if(|proposal| proposal.expiry <= now);
+        let Some(mut proposal) = expired else { return };
+        if proposal.silent.is_some() {
+            return self.decide(proposal.failure);
         }
+        proposal.silent = proposal.asked;
+        proposal.expiry = now + VERDICT_WITHIN;
+        self.proposal = Some(proposal);
+        self.ask_for_verdict();
     }
 
     /// The peer cannot be reached any more: a failure, unless it has departed.
@@ -80,7 +87,7 @@ impl State {
         let Some(mut proposal) = self.proposal.take() else {
             return;
         };
-        let judge = self.judge(proposal.failure.cause.culprit());
+        let judge = self.judge(proposal.silent);
         if judge == self.rank {
             return self.decide(proposal.failure);
         }
@@ -91,12 +98,13 @@ impl State {
         self.proposal = Some(proposal);
     }
 
-    /// The first rank that is there and does not itself give cause for complaint; this rank itself in the end.
-    pub(super) fn judge(&self, culprit: Rank) -> Rank {
+    /// The first rank that is there; this rank itself in the end. Whom the failure blames does not matter: ranks that blame each other
+    /// must ask the same one.
+    pub(super) fn judge(&self, silent: Option<Rank>) -> Rank {
         let is_there = |rank: Rank| self.peers[rank].presence == Presence::Present;
         let mut ranks = 0..self.world_size();
         ranks
-            .find(|&rank| rank == self.rank || (is_there(rank) && rank != culprit))
+            .find(|&rank| rank == self.rank || (is_there(rank) && Some(rank) != silent))
             .unwrap_or(self.rank)
     }
 
