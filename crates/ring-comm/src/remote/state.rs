@@ -122,6 +122,7 @@ enum Progress {
     Refused {
         dtype: DType,
         len: usize,
+        sequence: u64,
     },
     Arriving {
         sequence: u64,

@@ -1,6 +1,9 @@
 //! What a network must do for ranks that are processes.
 
-use crate::{buffer::HostBuffer, transport::Rank};
+use crate::{
+    buffer::HostBuffer,
+    transport::{Expected, Rank},
+};
 
 /// One rank's access to the network. Lives on one thread, which makes all its calls; none of them blocks, but [`close`](Self::close).
 ///
@@ -21,6 +24,12 @@ pub(crate) trait Wire {
 
     /// Receives into `buffer`, exactly as long as what was sent; ends with [`Event::Received`].
     fn receive_data(&mut self, peer: Rank, sequence: u64, buffer: HostBuffer);
+
+    /// Nobody will receive this data, which the peer has sent. A wire on which data stays with the peer until it is received must
+    /// receive it all the same; there is no event of that. On other wires, as by default, nothing is to be done.
+    fn discard_data(&mut self, peer: Rank, sequence: u64, expected: Expected) {
+        let _ = (peer, sequence, expected);
+    }
 
     /// What has happened since the last call.
     fn poll(&mut self, events: &mut Vec<Event>);
