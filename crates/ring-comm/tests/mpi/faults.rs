@@ -259,7 +259,7 @@ fn receive(endpoint: &RemoteEndpoint, peer: Rank) -> Result<(), CommError> {
     endpoint.irecv(peer, tag, expected)?.wait().map(drop)
 }
 
-fn signal_self(signal: &str) {
+pub(crate) fn signal_self(signal: &str) {
     note_fault();
     send_signal(signal, &process::id().to_string());
 }
@@ -281,7 +281,7 @@ fn has_exchanged(rank: Rank) -> PathBuf {
     folder().join(format!("exchanged-{rank}"))
 }
 
-fn wait_until(condition: impl Fn() -> bool) {
+pub(crate) fn wait_until(condition: impl Fn() -> bool) {
     let start = Instant::now();
     while !condition() {
         assert!(start.elapsed() < PATIENT, "another rank does not come");
@@ -289,20 +289,20 @@ fn wait_until(condition: impl Fn() -> bool) {
     }
 }
 
-fn send_signal(signal: &str, process: &str) {
+pub(crate) fn send_signal(signal: &str, process: &str) {
     let status = Command::new("kill")
         .args([&format!("-{signal}"), process])
         .status();
     assert!(status.unwrap().success());
 }
 
-fn note_fault() {
+pub(crate) fn note_fault() {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let nanoseconds = now.unwrap().as_nanos().to_string();
     fs::write(folder().join("fault"), nanoseconds).unwrap();
 }
 
-fn since_fault() -> Duration {
+pub(crate) fn since_fault() -> Duration {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let noted = fs::read_to_string(folder().join("fault")).unwrap();
     let noted: u64 = noted.parse().unwrap();

@@ -5,6 +5,9 @@
 
 mod faults;
 mod launch;
+mod random;
+#[path = "../scenarios/mod.rs"]
+mod scenarios;
 mod transfers;
 
 use std::{
@@ -12,7 +15,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     process::ExitCode,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use launch::{TASK, launch};
@@ -55,7 +58,10 @@ fn perform(task: &str) -> ExitCode {
         }
         "chunks" => transfers::in_chunks(),
         "large" => transfers::large(),
-        scenario => faults::perform(scenario),
+        other => match random::Task::named(other) {
+            Some(task) => task.perform(),
+            None => faults::perform(other),
+        },
     }
     ExitCode::SUCCESS
 }
@@ -81,6 +87,7 @@ fn tests() -> Vec<Test> {
         ));
     }
     tests.extend(faults::tests());
+    tests.extend(random::tests());
     tests
 }
 
@@ -93,12 +100,11 @@ fn run_tests() -> ExitCode {
         |test: &Test| words.is_empty() || words.iter().any(|word| test.name.contains(word));
     let mut failed = Vec::new();
     for test in tests().into_iter().filter(is_chosen) {
+        let start = Instant::now();
         let has_passed = catch_unwind(AssertUnwindSafe(|| (test.run)())).is_ok();
-        println!(
-            "test {} ... {}",
-            test.name,
-            if has_passed { "ok" } else { "FAILED" }
-        );
+        let verdict = if has_passed { "ok" } else { "FAILED" };
+        let seconds = start.elapsed().as_secs_f32();
+        println!("test {} ... {verdict} ({seconds:.1} s)", test.name);
         if !has_passed {
             failed.push(test.name);
         }
