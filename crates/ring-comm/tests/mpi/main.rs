@@ -5,6 +5,7 @@
 
 mod faults;
 mod launch;
+mod lives;
 mod random;
 #[path = "../scenarios/mod.rs"]
 mod scenarios;
@@ -58,6 +59,10 @@ fn perform(task: &str) -> ExitCode {
         }
         "chunks" => transfers::in_chunks(),
         "large" => transfers::large(),
+        "absent-0" => lives::absent(0),
+        "absent-2" => lives::absent(2),
+        "unstarted" => lives::unstarted(),
+        "leaks" => lives::leaks(),
         other => match random::Task::named(other) {
             Some(task) => task.perform(),
             None => faults::perform(other),
@@ -86,6 +91,7 @@ fn tests() -> Vec<Test> {
             },
         ));
     }
+    tests.extend(lives::tests());
     tests.extend(faults::tests());
     tests.extend(random::tests());
     tests

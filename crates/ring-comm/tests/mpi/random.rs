@@ -216,11 +216,9 @@ struct Found {
 
 fn end_process(seed: u64) {
     let finale = Finale::of_seed(seed);
-    let start = Instant::now();
-    let outcome = launch(
-        &Task::EndOfProcess { seed }.name(),
-        finale.scenario.world_size,
-    );
+    let (end, victim, world_size) = (finale.end, finale.victim, finale.scenario.world_size);
+    print!("    seed {seed}: {end:?}, rank {victim} of {world_size}; ");
+    let outcome = launch(&Task::EndOfProcess { seed }.name(), world_size);
     let verdict = catch_unwind(AssertUnwindSafe(|| judge_survivors(&finale, &outcome)));
     let story = || format!("seed {seed}: {finale:#?}\n{:#?}", outcome.findings);
     assert!(verdict.is_ok(), "{}", story());
