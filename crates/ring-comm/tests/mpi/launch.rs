@@ -22,13 +22,17 @@ pub(crate) struct Outcome {
     pub(crate) status: ExitStatus,
     pub(crate) took: Duration,
     output: String,
+    have_all_ended: bool,
     /// By rank, what it found; `None` if it did not come that far.
     pub(crate) findings: Vec<Option<String>>,
 }
 
 impl Outcome {
+    /// All ranks have come to the end of their task. `mpirun` may call it a success if they have not.
     pub(crate) fn expect_success(&self) {
-        assert!(self.status.success(), "{}\n{}", self.status, self.output);
+        let (status, output) = (self.status, &self.output);
+        assert!(self.have_all_ended, "a rank has failed: {status}\n{output}");
+        assert!(status.success(), "{status}\n{output}");
     }
 
     /// What `rank` found.
@@ -91,13 +95,35 @@ fn run(mut command: Command, task: &str, world_size: usize) -> Outcome {
     let output = streams.map(|stream| stream.join().unwrap()).concat();
     let finding = |rank| fs::read_to_string(folder.join(format!("rank-{rank}"))).ok();
     let findings = (0..world_size).map(finding).collect();
+    let has_ended = |rank| folder.join(end_of(rank)).exists();
+    let have_all_ended = (0..world_size).all(has_ended);
     fs::remove_dir_all(&folder).unwrap();
     Outcome {
         status: status.unwrap_or_else(|| panic!("{task} took longer than {LIMIT:?}\n{output}")),
         took,
         output,
+        have_all_ended,
         findings,
     }
+}
+
+/// The number of this process, as its launcher tells it, before MPI is started.
+pub(crate) fn launched_rank() -> usize {
+    let number = |name| env::var(name).ok()?.parse().ok();
+    ["OMPI_COMM_WORLD_RANK", "PMI_RANK"]
+        .into_iter()
+        .find_map(number)
+        .unwrap_or(0)
+}
+
+/// The file with which a rank says that it has come to the end of its task.
+fn end_of(rank: usize) -> String {
+    format!("ended-{rank}")
+}
+
+/// Says that this rank has come to the end of its task.
+pub(crate) fn report_end() {
+    fs::write(folder().join(end_of(launched_rank())), "").unwrap();
 }
 
 /// `None` if it took too long and was ended.

@@ -14,7 +14,7 @@ use ring_comm::{
 use crate::{
     PATIENT, Test,
     faults::wait_until,
-    launch::{folder, launch, report},
+    launch::{folder, launch, launched_rank, report},
 };
 
 const RANKS: usize = 3;
@@ -72,12 +72,7 @@ pub(crate) fn absent(absent: Rank) {
 
 /// Rank 1 is there as a process, but does not start MPI before the others have given up.
 pub(crate) fn unstarted() {
-    // Known to the launcher, and to nobody else before MPI has started.
-    let rank: Rank = std::env::var("OMPI_COMM_WORLD_RANK")
-        .or_else(|_| std::env::var("PMI_RANK"))
-        .unwrap()
-        .parse()
-        .unwrap();
+    let rank = launched_rank();
     if rank == 1 {
         return wait_until(|| has_found(0) && has_found(2));
     }
@@ -165,7 +160,7 @@ fn live(endpoint: &RemoteEndpoint, number: usize) {
         }
         2 => {
             if endpoint.rank() == 0 {
-                drop(endpoint.isend(1, tag(7), HostBuffer::zeros(DType::F32, len)));
+                drop(endpoint.isend(1, tag(7), HostBuffer::F32(vec![1.0; len])));
             }
         }
         3 => {
@@ -186,7 +181,7 @@ fn shift(endpoint: &RemoteEndpoint, len: usize, sent: usize) -> Result<(), CommE
         len,
     };
     let incoming = endpoint.irecv((rank + world_size - 1) % world_size, tag(0), expected)?;
-    let message = HostBuffer::zeros(DType::F32, sent);
+    let message = HostBuffer::F32(vec![1.0; sent]);
     let outgoing = endpoint.isend((rank + 1) % world_size, tag(0), message)?;
     incoming.wait()?;
     outgoing.wait()?;

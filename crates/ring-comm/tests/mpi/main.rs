@@ -68,6 +68,7 @@ fn perform(task: &str) -> ExitCode {
             None => faults::perform(other),
         },
     }
+    launch::report_end();
     ExitCode::SUCCESS
 }
 
