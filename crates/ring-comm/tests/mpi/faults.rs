@@ -5,7 +5,7 @@
 
 use std::{
     fs, mem,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{self, Command},
     thread,
     time::{Duration, Instant, SystemTime},
@@ -297,9 +297,14 @@ pub(crate) fn send_signal(signal: &str, process: &str) {
 }
 
 pub(crate) fn note_fault() {
+    note_fault_in(&folder());
+}
+
+/// Notes in the findings of a launch that the fault happens now.
+pub(crate) fn note_fault_in(folder: &Path) {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let nanoseconds = now.unwrap().as_nanos().to_string();
-    fs::write(folder().join("fault"), nanoseconds).unwrap();
+    fs::write(folder.join("fault"), nanoseconds).unwrap();
 }
 
 pub(crate) fn since_fault() -> Duration {

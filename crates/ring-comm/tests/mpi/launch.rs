@@ -4,7 +4,8 @@ use std::{
     any::Any,
     env, fs,
     io::{ErrorKind, Read},
-    path::PathBuf,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
@@ -49,6 +50,11 @@ impl Outcome {
 
 /// Has `world_size` ranks perform `task`.
 pub(crate) fn launch(task: &str, world_size: usize) -> Outcome {
+    launch_and(task, world_size, |_| ())
+}
+
+/// As [`launch`], and does something `meanwhile`, with the folder of the findings.
+pub(crate) fn launch_and(task: &str, world_size: usize, meanwhile: impl FnOnce(&Path)) -> Outcome {
     let mut mpirun = Command::new("mpirun");
     mpirun.args([
         "--allow-run-as-root",
@@ -62,15 +68,20 @@ pub(crate) fn launch(task: &str, world_size: usize) -> Outcome {
         mpirun.args(options.split_whitespace());
     }
     mpirun.arg(env::current_exe().unwrap());
-    run(mpirun, task, world_size)
+    run(mpirun, task, world_size, meanwhile)
 }
 
 /// Has one process perform `task` without `mpirun`.
 pub(crate) fn launch_alone(task: &str) -> Outcome {
-    run(Command::new(env::current_exe().unwrap()), task, 1)
+    run(Command::new(env::current_exe().unwrap()), task, 1, |_| ())
 }
 
-fn run(mut command: Command, task: &str, world_size: usize) -> Outcome {
+fn run(
+    mut command: Command,
+    task: &str,
+    world_size: usize,
+    meanwhile: impl FnOnce(&Path),
+) -> Outcome {
     let folder = env::temp_dir().join(format!(
         "ring-mpi-{}-{task}-{world_size}",
         std::process::id()
@@ -90,6 +101,7 @@ fn run(mut command: Command, task: &str, world_size: usize) -> Outcome {
         collect(child.stdout.take().unwrap()),
         collect(child.stderr.take().unwrap()),
     ];
+    let staged = catch_unwind(AssertUnwindSafe(|| meanwhile(&folder)));
     let status = wait(&mut child);
     let took = start.elapsed();
     let output = streams.map(|stream| stream.join().unwrap()).concat();
@@ -98,6 +110,10 @@ fn run(mut command: Command, task: &str, world_size: usize) -> Outcome {
     let has_ended = |rank| folder.join(end_of(rank)).exists();
     let have_all_ended = (0..world_size).all(has_ended);
     fs::remove_dir_all(&folder).unwrap();
+    if let Err(payload) = staged {
+        eprintln!("{output}");
+        resume_unwind(payload);
+    }
     Outcome {
         status: status.unwrap_or_else(|| panic!("{task} took longer than {LIMIT:?}\n{output}")),
         took,

@@ -4,6 +4,7 @@
 //! per scenario of a failure; a rank finds its task in the environment. Words on the command line choose among the tests.
 
 mod faults;
+mod hosts;
 mod launch;
 mod lives;
 mod random;
@@ -63,6 +64,8 @@ fn perform(task: &str) -> ExitCode {
         "absent-2" => lives::absent(2),
         "unstarted" => lives::unstarted(),
         "leaks" => lives::leaks(),
+        "cut-0" | "cut-1" | "cut-2" => hosts::cut(),
+        "traffic" => hosts::traffic(),
         other => match random::Task::named(other) {
             Some(task) => task.perform(),
             None => faults::perform(other),
@@ -95,6 +98,7 @@ fn tests() -> Vec<Test> {
     tests.extend(lives::tests());
     tests.extend(faults::tests());
     tests.extend(random::tests());
+    tests.extend(hosts::tests());
     tests
 }
 
