@@ -15,6 +15,8 @@ use std::{
 pub(crate) const TASK: &str = "RING_MPI_TASK";
 /// The variable that names the folder in which ranks leave what they found.
 const FINDINGS: &str = "RING_MPI_FINDINGS";
+/// How Open MPI starts ranks. One that dies must not take the others with it.
+const MPIRUN: &str = "mpirun --allow-run-as-root --oversubscribe --bind-to none --enable-recovery";
 /// No launch takes longer.
 const LIMIT: Duration = Duration::from_secs(240);
 
@@ -55,15 +57,10 @@ pub(crate) fn launch(task: &str, world_size: usize) -> Outcome {
 
 /// As [`launch`], and does something `meanwhile`, with the folder of the findings.
 pub(crate) fn launch_and(task: &str, world_size: usize, meanwhile: impl FnOnce(&Path)) -> Outcome {
-    let mut mpirun = Command::new("mpirun");
-    mpirun.args([
-        "--allow-run-as-root",
-        "--oversubscribe",
-        "--bind-to",
-        "none",
-    ]);
-    // One rank that dies must not take the others with it.
-    mpirun.args(["--enable-recovery", "-n", &world_size.to_string()]);
+    let command = env::var("RING_MPIRUN").unwrap_or_else(|_| MPIRUN.to_owned());
+    let mut words = command.split_whitespace();
+    let mut mpirun = Command::new(words.next().expect("the name of a program"));
+    mpirun.args(words).args(["-n", &world_size.to_string()]);
     if let Ok(options) = env::var("RING_MPIRUN_OPTIONS") {
         mpirun.args(options.split_whitespace());
     }

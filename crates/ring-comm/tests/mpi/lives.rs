@@ -66,22 +66,24 @@ pub(crate) fn absent(absent: Rank) {
         "{error}"
     );
     assert_eq!(error.culprit(), absent, "{error}");
-    assert!(DEADLINE <= took && took < DEADLINE + LATE, "{took:?}");
+    // The other may have begun to wait a little earlier, and be the first to give up.
+    assert!(DEADLINE / 2 <= took && took < DEADLINE + LATE, "{took:?}");
     report(mpi.rank(), "ok");
 }
 
 /// Rank 1 is there as a process, but does not start MPI before the others have given up.
 pub(crate) fn unstarted() {
     let rank = launched_rank();
-    if rank == 1 {
-        return wait_until(|| has_found(0) && has_found(2));
+    if rank != 1 {
+        let start = Instant::now();
+        let error = Mpi::init(DEADLINE).unwrap_err();
+        let took = start.elapsed();
+        assert_eq!(error, MpiError::Deadline(DEADLINE));
+        assert!(DEADLINE <= took && took < DEADLINE + LATE, "{took:?}");
+        report(rank, "ok");
     }
-    let start = Instant::now();
-    let error = Mpi::init(DEADLINE).unwrap_err();
-    let took = start.elapsed();
-    assert_eq!(error, MpiError::Deadline(DEADLINE));
-    assert!(DEADLINE <= took && took < DEADLINE + LATE, "{took:?}");
-    report(rank, "ok");
+    // The launcher may end all when the first one ends.
+    wait_until(|| has_found(0) && has_found(2));
 }
 
 fn has_found(rank: Rank) -> bool {
