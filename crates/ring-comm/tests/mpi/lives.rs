@@ -123,12 +123,7 @@ fn memory() -> usize {
 /// Makes groups that end in all sorts of ways, and looks at what stays.
 pub(crate) fn leaks() {
     let mpi = Mpi::init(PATIENT).unwrap();
-    let make_and_drop = |number| {
-        let endpoint = mpi.group(PATIENT).unwrap();
-        let result = live(&endpoint, number);
-        drop(endpoint);
-        result
-    };
+    let make_and_drop = |number| live(&mpi.group(PATIENT).unwrap(), number);
     // The first ones fill what the process keeps for good.
     (0..GROUPS / 5).for_each(make_and_drop);
     let (before, memory_before) = (Held::now(), memory());
