@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Presence, Proposal, State, VERDICT_WITHIN};
+use super::{HEARING, Presence, Proposal, State, Trial, VERDICT_WITHIN};
 use crate::{
     error::{CommError, CommErrorKind},
     recorder::{self, Call},
@@ -14,7 +14,7 @@ impl State {
     /// Records a failure of this rank. The first rank that is there decides which of several failures at once is the
     /// group's; if that is another rank it is asked, and the cause is known when it answers or does not in time.
     pub(in crate::remote) fn poison(&mut self, cause: CommError, now: Instant) {
-        if self.cause.is_some() || self.proposal.is_some() {
+        if self.cause.is_some() || self.proposal.is_some() || self.has_complained() {
             return;
         }
         let failure = Failure {
@@ -29,7 +29,7 @@ impl State {
             silent: None,
             expiry: now + VERDICT_WITHIN,
         });
-        self.ask_for_verdict();
+        self.ask_for_verdict(now);
     }
 
     /// Fails without telling anybody: there is no wire any more.
@@ -56,15 +56,21 @@ impl State {
 
     /// Asks another rank if the answer takes too long, and then decides about this rank's failure itself.
     pub(in crate::remote) fn tick(&mut self, now: Instant) {
+        if let Some(trial) = self.trial.take_if(|trial| trial.expiry <= now) {
+            trial
+                .verdict()
+                .into_iter()
+                .for_each(|failure| self.decide(failure));
+        }
         let expired = self.proposal.take_if(|proposal| proposal.expiry <= now);
         let Some(mut proposal) = expired else { return };
         if proposal.silent.is_some() {
-            return self.decide(proposal.failure);
+            return self.consider(proposal.failure, now);
         }
         proposal.silent = proposal.asked;
         proposal.expiry = now + VERDICT_WITHIN;
         self.proposal = Some(proposal);
-        self.ask_for_verdict();
+        self.ask_for_verdict(now);
     }
 
     /// The peer cannot be reached any more: a failure, unless it has departed.
@@ -75,7 +81,7 @@ impl State {
         ) {
             return;
         }
-        self.gone(peer, Presence::Lost);
+        self.gone(peer, Presence::Lost, now);
         let kind = CommErrorKind::PeerLost {
             reason: reason.to_owned(),
         };
@@ -83,13 +89,13 @@ impl State {
     }
 
     /// Passes this rank's failure, if it has one, to the rank that decides.
-    pub(super) fn ask_for_verdict(&mut self) {
+    pub(super) fn ask_for_verdict(&mut self, now: Instant) {
         let Some(mut proposal) = self.proposal.take() else {
             return;
         };
         let judge = self.judge(proposal.silent);
         if judge == self.rank {
-            return self.decide(proposal.failure);
+            return self.consider(proposal.failure, now);
         }
         if proposal.asked != Some(judge) {
             proposal.asked = Some(judge);
@@ -106,6 +112,26 @@ impl State {
         ranks
             .find(|&rank| rank == self.rank || (is_there(rank) && Some(rank) != silent))
             .unwrap_or(self.rank)
+    }
+
+    /// Decides about a failure: at once, unless it is a deadline that has passed, which may not be the only one.
+    pub(super) fn consider(&mut self, failure: Failure, now: Instant) {
+        if !matches!(failure.cause.kind, CommErrorKind::Deadline { .. }) {
+            return self.decide(failure);
+        }
+        let trial = self.trial.get_or_insert_with(|| Trial {
+            complaints: Vec::new(),
+            expiry: now + HEARING,
+        });
+        trial.complaints.push(failure);
+    }
+
+    /// Whether a failure of this rank is before itself as judge.
+    fn has_complained(&self) -> bool {
+        let complaints = self.trial.iter().flat_map(|trial| &trial.complaints);
+        complaints
+            .into_iter()
+            .any(|complaint| complaint.origin == self.rank)
     }
 
     /// The group has failed by this, and everybody is told.
@@ -128,5 +154,26 @@ impl State {
         }
         self.cause = Some(failure.cause);
         self.proposal = None;
+        self.trial = None;
+    }
+}
+
+impl Trial {
+    /// The complaint about a rank that does not complain itself, as near to the first as possible; if all complain about one another,
+    /// one of them. `None` if there is none.
+    fn verdict(mut self) -> Option<Failure> {
+        let mut culprit = self.complaints.first()?.origin;
+        let mut last = None;
+        let by = |complaints: &[Failure], rank| {
+            complaints
+                .iter()
+                .position(|complaint| complaint.origin == rank)
+        };
+        while let Some(index) = by(&self.complaints, culprit) {
+            let complaint = self.complaints.swap_remove(index);
+            culprit = complaint.cause.culprit();
+            last = Some(complaint);
+        }
+        last
     }
 }

@@ -224,8 +224,29 @@ fn ranks_that_blame_each_other_settle_on_one_failure() {
         ranks[rank].poison(blaming(rank, peer), Instant::now());
     }
     deliver_all(&mut ranks);
-    for state in &ranks {
-        assert_eq!(state.cause(), Some(&blaming(0, 1)));
+    ranks[0].tick(Instant::now() + HEARING);
+    deliver_all(&mut ranks);
+    let cause = ranks[0].cause().cloned();
+    assert!(cause.is_some());
+    assert!(ranks.iter().all(|rank| rank.cause() == cause.as_ref()));
+}
+
+/// Rank 0 waits for rank 2, which waits for rank 1, which does not wait for anybody.
+#[test]
+fn who_is_waited_for_and_does_not_wait_is_to_blame() {
+    for order in [[0, 2], [2, 0]] {
+        let mut ranks = ranks(3);
+        for rank in order {
+            let peer = if rank == 0 { 2 } else { 1 };
+            ranks[rank].poison(blaming(rank, peer), Instant::now());
+            deliver_all(&mut ranks);
+        }
+        assert!(ranks.iter().all(|rank| rank.cause().is_none()));
+        ranks[0].tick(Instant::now() + HEARING);
+        deliver_all(&mut ranks);
+        for state in &ranks {
+            assert_eq!(state.cause(), Some(&blaming(2, 1)));
+        }
     }
 }
 
@@ -254,6 +275,7 @@ fn the_next_rank_judges_when_the_first_says_nothing() {
     ranks[2].tick(now + VERDICT_WITHIN);
     deliver(&mut ranks, 2);
     ranks[1].tick(now + VERDICT_WITHIN);
+    ranks[1].tick(Instant::now() + VERDICT_WITHIN + HEARING);
     deliver(&mut ranks, 1);
     for rank in [1, 2] {
         assert_eq!(ranks[rank].cause(), Some(&blaming(2, 0)));
