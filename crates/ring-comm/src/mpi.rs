@@ -10,7 +10,7 @@
 //! - A process that dies is a [`PeerLost`](crate::CommErrorKind::PeerLost) on the others: within a fraction of a second if it runs on the same machine, or
 //!   if MPI reports failures (Open MPI 5 with `mpirun --with-ft ulfm`); else the deadline passes. For anybody to see it,
 //!   `mpirun` must not kill all processes when one dies: with Open MPI 4 that takes `--enable-recovery`, with Open MPI 5
-//!   `--with-ft ulfm` or `--enable-recovery`.
+//!   `--with-ft ulfm` or `--enable-recovery`; MPICH's launcher always does when one is killed.
 //! - `MPI_Finalize` is called when all processes leave in peace. If one has died, panicked, or does not come to an end within
 //!   the deadline, the others leave without, because `MPI_Finalize` would wait for it; `mpirun` then reports that, and
 //!   ends the rest unless it is told otherwise as above. So drop everything at about the same time on all ranks.

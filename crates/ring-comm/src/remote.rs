@@ -13,7 +13,8 @@
 //!
 //! Three things are different from loopback, as distance has it. What happens on one rank is known on another only when a
 //! frame has told it. Of several failures at once, the ranks agree on one by asking the first rank that is still there
-//! ([`state::State::poison`]). And all-gathers to which every rank has contributed succeed on every rank, even if one of them
+//! ([`state::State::poison`]), so an error may be later than its deadline: by a moment, in which that rank waits for further
+//! complaints, or by half a second if that rank itself does not answer, and as much again for the next. And all-gathers to which every rank has contributed succeed on every rank, even if one of them
 //! poisons the group at once because of what it got, since that poison brings the parts along.
 
 mod endpoint;

@@ -285,12 +285,30 @@ pub trait PendingRecv<B>: Send + fmt::Debug {
     }
 }
 
-/// A send in progress; must be waited for.
+/// A send in progress; must be waited for, once:
+///
+/// ```compile_fail,E0382
+/// # use ring_comm::{CommError, SendRequest, buffer::HostBuffer};
+/// fn wait_twice(send: SendRequest<HostBuffer>) -> Result<(), CommError> {
+///     send.wait()?;
+///     send.wait()?; // it was moved by the first
+///     Ok(())
+/// }
+/// ```
 #[must_use = "a send must be waited for; dropping it poisons the group"]
 #[derive(Debug)]
 pub struct SendRequest<B: Buffer>(Request<LoopbackSend<B>, dyn PendingSend<B>>);
 
-/// A receive in progress; must be waited for.
+/// A receive in progress; must be waited for, once:
+///
+/// ```compile_fail,E0382
+/// # use ring_comm::{CommError, RecvRequest, buffer::HostBuffer};
+/// fn wait_twice(receive: RecvRequest<HostBuffer>) -> Result<(), CommError> {
+///     receive.wait()?;
+///     receive.wait()?; // it was moved by the first
+///     Ok(())
+/// }
+/// ```
 #[must_use = "a receive must be waited for; dropping it poisons the group"]
 #[derive(Debug)]
 pub struct RecvRequest<B: Buffer>(Request<LoopbackRecv<B>, dyn PendingRecv<B>>);

@@ -6,6 +6,7 @@ use super::{
     Case, Endpoint, IMPATIENT, Stage, assert_poisoned, f32s, meet, receive, send, tag, telling,
 };
 use crate::{
+    buffer::HostBuffer,
     error::{CommError, CommErrorKind},
     transport::{MAX_OUTSTANDING_SENDS, Rank},
 };
@@ -62,12 +63,22 @@ pub(super) const CASES: &[Case] = &[
         &[2],
         abort_races_message,
     ),
-    Case::common_memory(
+    Case::messages(
         "of two failures at once all ranks see the same",
-        &[2, 4],
+        &[2, 3, 4],
         two_failures,
     ),
+    Case::messages(
+        "of two deadlines at once all ranks see the same",
+        &[2, 3, 4],
+        two_deadlines,
+    ),
     Case::messages("the first cause stays", &[3], first_cause_stays),
+    Case::messages(
+        "what a failed group has sent does not come in the next",
+        &[2, 3],
+        late_messages,
+    ),
 ];
 
 fn panic_reaches_all(stage: &Stage<'_>) {
@@ -283,26 +294,83 @@ fn abort_races_message(stage: &Stage<'_>) {
 /// All ranks abort at the same moment.
 fn two_failures(stage: &Stage<'_>) {
     for _ in 0..100 {
-        let causes = Mutex::new(Vec::new());
+        let causes = Causes::new(stage);
         stage.run(|endpoint| {
             meet(&endpoint, 0).unwrap();
             endpoint.abort("staged");
             let error = meet(&endpoint, 1).unwrap_err();
             let cause = error.root().clone();
-            assert_poisoned(
-                &endpoint,
-                &error,
-                cause.rank,
-                &aborted(cause.rank, "staged"),
-            );
-            causes.lock().unwrap().push(cause);
+            let kind = aborted(cause.rank, "staged");
+            assert_poisoned(&endpoint, &error, cause.rank, &kind);
+            causes.note(endpoint.rank(), cause);
         });
-        let causes = causes.into_inner().unwrap();
-        assert_eq!(causes.len(), stage.world_size);
-        assert!(
-            causes.iter().all(|cause| *cause == causes[0]),
-            "{causes:#?}"
-        );
+        causes.expect_one(stage);
+    }
+}
+
+/// All ranks wait for one another in vain, and lose their patience at the same moment.
+fn two_deadlines(stage: &Stage<'_>) {
+    let world_size = stage.world_size;
+    let after = |rank| (rank + 1) % world_size;
+    for _ in 0..5 {
+        let causes = Causes::new(stage);
+        stage.run_impatiently(|endpoint| {
+            let error = receive(&endpoint, after(endpoint.rank()), 0).unwrap_err();
+            let cause = error.root().clone();
+            assert!(
+                matches!(cause.kind, CommErrorKind::Deadline { .. }),
+                "{error}"
+            );
+            assert_eq!(cause.peer, Some(after(cause.rank)));
+            causes.note(endpoint.rank(), cause);
+        });
+        causes.expect_one(stage);
+    }
+}
+
+/// What the ranks of a group take for the cause of its failure; of each rank where it runs.
+struct Causes(Vec<Mutex<Option<CommError>>>);
+
+impl Causes {
+    fn new(stage: &Stage<'_>) -> Self {
+        Self((0..stage.world_size).map(|_| Mutex::default()).collect())
+    }
+
+    fn note(&self, rank: Rank, cause: CommError) {
+        *self.0[rank].lock().unwrap() = Some(cause);
+    }
+
+    /// The ranks compare what they have noted, in a group of its own.
+    fn expect_one(&self, stage: &Stage<'_>) {
+        stage.run(|endpoint| {
+            let own = self.0[endpoint.rank()].lock().unwrap().clone();
+            let own = own.expect("every rank has noted a cause");
+            let told = endpoint.all_gather_bytes(0, own.to_string().into_bytes());
+            for cause in told.unwrap() {
+                assert_eq!(String::from_utf8(cause).unwrap(), own.to_string());
+            }
+        });
+    }
+}
+
+/// In every other group, rank 0 sends what the last rank never receives, because it aborts: before, after, or while that is sent.
+fn late_messages(stage: &Stage<'_>) {
+    let last = stage.world_size - 1;
+    for number in 0..100 {
+        // A few bytes, or more than a network takes without a receive.
+        let len = if number % 4 < 2 { 1 } else { 100_000 };
+        let message = || HostBuffer::F32(vec![number as f32; len]);
+        let send = |endpoint: &Endpoint| endpoint.isend(last, tag(0), message())?.wait();
+        stage.run(|endpoint| match endpoint.rank() {
+            0 if number % 2 == 0 => assert_eq!(send(&endpoint).unwrap_err().culprit(), last),
+            0 => assert!(send(&endpoint).is_ok()),
+            rank if rank == last && number % 2 == 0 => endpoint.abort("staged"),
+            rank if rank == last => {
+                let receive = endpoint.irecv(0, tag(0), f32s(len)).unwrap();
+                assert_eq!(receive.wait().unwrap(), message());
+            }
+            _ => {}
+        });
     }
 }
 

@@ -24,7 +24,7 @@ use crate::{
     attempt::Subject,
     buffer::{Buffer, HostBuffer},
     error::{CommError, CommErrorKind},
-    transport::Rank,
+    transport::{Expected, Rank},
 };
 
 /// How long the engine looks at the wire without a break when somebody waits for data that is flowing, and nothing seems to happen.
@@ -73,6 +73,8 @@ struct Orders<B> {
     is_active: bool,
     /// Number of the next data, when no group is active.
     next_sequence: u64,
+    /// The last group has failed.
+    has_failed: bool,
     leave: Option<Leave>,
     is_over: bool,
 }
@@ -209,9 +211,10 @@ impl<B: Buffer> Drop for Engine<B> {
             in_peace: !thread::panicking(),
         });
         self.control.changed.notify_all();
-        let longest = self.deadline.saturating_add(2 * LEAVE_WITHIN);
-        let expiry = Instant::now().checked_add(longest);
+        let start = Instant::now();
         while !orders.is_over {
+            let within = leave_within(self.deadline, orders.has_failed);
+            let expiry = start.checked_add(within.saturating_add(2 * LEAVE_WITHIN));
             match self.control.wait(orders, expiry) {
                 Some(woken) => orders = woken,
                 // The network does not let go of the thread, which ends with the process then.
@@ -226,11 +229,21 @@ impl<B: Buffer> Drop for Engine<B> {
     }
 }
 
+/// How long a rank waits for the others to leave too, if all may wait up to `deadline`.
+fn leave_within(deadline: Duration, has_failed: bool) -> Duration {
+    if has_failed {
+        deadline.min(LEAVE_WITHIN)
+    } else {
+        deadline
+    }
+}
+
 impl<B> Default for Control<B> {
     fn default() -> Self {
         let orders = Orders {
             next: None,
             is_active: false,
+            has_failed: false,
             next_sequence: 0,
             leave: None,
             is_over: false,
@@ -351,8 +364,7 @@ impl<B: Buffer, W: Wire<B>> Driver<B, W> {
                 }
                 drop(self.control.wait(orders, Some(expiry)));
             }
-            // Nobody is interested between two groups.
-            self.look();
+            self.look_between_groups();
         }
     }
 
@@ -421,8 +433,12 @@ impl<B: Buffer, W: Wire<B>> Driver<B, W> {
         if self.wire.is_busy() {
             self.wire.abandon();
         }
+        for (peer, sequence, expected) in state.refused_data() {
+            self.wire.discard_data(peer, sequence, expected);
+        }
         self.has_failed = state.cause().is_some();
         let mut orders = self.control.order();
+        orders.has_failed = self.has_failed;
         orders.next_sequence = state.next_sequence();
         orders.is_active = false;
         self.control.changed.notify_all();
@@ -442,6 +458,29 @@ impl<B: Buffer, W: Wire<B>> Driver<B, W> {
             .collect();
         self.events = events;
         news
+    }
+
+    /// Looks at the wire when nobody is interested in what comes.
+    fn look_between_groups(&mut self) {
+        for news in self.look() {
+            if let News::Frame { peer, frame } = news {
+                self.discard(peer, &frame);
+            }
+        }
+    }
+
+    /// What is said to a group that is over; its peer must get rid of what it has sent.
+    fn discard(&mut self, peer: Rank, frame: &Frame) {
+        if let Frame::Offer {
+            dtype,
+            len,
+            sequence,
+            ..
+        } = *frame
+        {
+            let expected = Expected { dtype, len };
+            self.wire.discard_data(peer, sequence, expected);
+        }
     }
 
     fn hear(&mut self, peer: Rank, bytes: &[u8]) -> Option<News<B>> {
@@ -465,7 +504,10 @@ impl<B: Buffer, W: Wire<B>> Driver<B, W> {
             _ => {}
         }
         match header.epoch.cmp(&self.epoch) {
-            Ordering::Less => None,
+            Ordering::Less => {
+                self.discard(peer, &frame);
+                None
+            }
             Ordering::Equal => Some(News::Frame { peer, frame }),
             Ordering::Greater => {
                 self.early.push((header.epoch, peer, frame));
@@ -534,36 +576,38 @@ impl<B: Buffer, W: Wire<B>> Driver<B, W> {
         dead.into_iter().map(lose).collect()
     }
 
-    /// Says farewell, waits for that of the others, and leaves.
+    /// Waits until all that was sent has arrived, says farewell, waits for that of the others, and leaves.
     fn leave(&mut self, leave: Leave) {
-        let within = if self.has_failed || !leave.in_peace {
-            leave.within.min(LEAVE_WITHIN)
-        } else {
-            leave.within
-        };
+        let within = leave_within(leave.within, self.has_failed || !leave.in_peace);
         let expiry = Instant::now().checked_add(within);
-        let farewell = Frame::Finish {
-            in_peace: leave.in_peace,
-        };
         let own = self.wire.rank();
         let others: Vec<Rank> = (0..self.peers.len()).filter(|&rank| rank != own).collect();
-        others
-            .iter()
-            .for_each(|&peer| self.send_frame(peer, &farewell));
+        let mut has_said_farewell = false;
         let end = loop {
-            self.look();
+            self.look_between_groups();
             self.find_dead(Instant::now());
-            let is_settled = |line: &Line| line.finished.is_some() || line.lost.is_some();
-            let is_peaceful = |line: &Line| line.finished == Some(true) && line.lost.is_none();
-            let all =
-                |check: &dyn Fn(&Line) -> bool| others.iter().all(|&peer| check(&self.peers[peer]));
-            let is_flushed = self.wire.is_flushed() && !self.wire.is_busy();
-            if is_flushed && leave.in_peace && all(&is_peaceful) {
+            let peers = || others.iter().map(|&peer| &self.peers[peer]);
+            let are_all_settled =
+                peers().all(|line| line.finished.is_some() || line.lost.is_some());
+            let is_any_lost = peers().any(|line| line.lost.is_some());
+            let is_any_unpeaceful = peers().any(|line| line.finished == Some(false));
+            let are_all_peaceful = peers().all(|line| line.finished == Some(true)) && !is_any_lost;
+            let is_quiet = self.wire.is_flushed() && !self.wire.is_busy();
+            let is_hopeless =
+                !leave.in_peace || is_any_unpeaceful || (are_all_settled && is_any_lost);
+            let has_expired = expiry.is_some_and(|expiry| Instant::now() >= expiry);
+            if !has_said_farewell && (is_quiet || is_hopeless || has_expired) {
+                let in_peace = leave.in_peace && is_quiet;
+                let farewell = Frame::Finish { in_peace };
+                others
+                    .iter()
+                    .for_each(|&peer| self.send_frame(peer, &farewell));
+                has_said_farewell = true;
+                continue;
+            }
+            if is_quiet && leave.in_peace && are_all_peaceful {
                 break End::Together;
             }
-            let any_unpeaceful = || self.peers.iter().any(|line| line.finished == Some(false));
-            let is_hopeless = !leave.in_peace || any_unpeaceful() || all(&is_settled);
-            let has_expired = expiry.is_some_and(|expiry| Instant::now() >= expiry);
             if has_expired || (is_hopeless && self.wire.is_flushed()) {
                 break End::Alone;
             }

@@ -2,7 +2,7 @@
 //!
 //! A network may need long to find that a peer is dead, or never tell. The system knows at once, if the peer runs on the same one.
 
-use std::{fs, process};
+use std::{env, fs, process};
 
 use serde::{Deserialize, Serialize};
 
@@ -17,8 +17,12 @@ pub(crate) struct ProcessIdentity {
 }
 
 impl ProcessIdentity {
-    /// This process; `None` where the system does not tell.
+    /// This process; `None` where the system does not tell, or where `RING_PROCESS_WATCH=off` says that peers shall not look: to test
+    /// what the network itself finds.
     pub(crate) fn own() -> Option<Self> {
+        if env::var("RING_PROCESS_WATCH").is_ok_and(|value| value == "off") {
+            return None;
+        }
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
         let space = fs::read_link("/proc/self/ns/pid").ok()?;
         let number = process::id();

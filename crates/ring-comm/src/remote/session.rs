@@ -244,8 +244,8 @@ impl<B: Buffer> Session<B> {
             return inner;
         }
         inner.state.poison(cause, Instant::now());
-        // The engine decides after the first half of this if nobody answers; the rest is for a machine that is busy.
-        let expiry = Expiry::after(2 * VERDICT_WITHIN);
+        // The engine decides after two thirds of this if nobody answers; the rest is for a machine that is busy.
+        let expiry = Expiry::after(3 * VERDICT_WITHIN);
         self.work.notify_one();
         while inner.state.cause().is_none() && !expiry.has_passed() {
             inner = self.wait_for_change(inner, expiry);

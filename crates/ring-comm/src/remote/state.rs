@@ -27,8 +27,11 @@ use crate::{
     transport::{Expected, GroupId, Rank, Tag, Traffic},
 };
 
-/// How long a rank that failed waits for the verdict of the rank that decides which failure is the group's.
+/// How long a rank that failed waits for the verdict of the rank that decides which failure is the group's; then as long for that
+/// of the next.
 pub(super) const VERDICT_WITHIN: Duration = Duration::from_millis(500);
+/// How long the rank that decides waits for further complaints when a deadline has passed.
+pub(super) const HEARING: Duration = Duration::from_millis(50);
 /// All-gathers whose results a failure brings along.
 const REMEMBERED_GATHERS: usize = 8;
 
@@ -123,6 +126,7 @@ enum Progress<B> {
     Refused {
         dtype: DType,
         len: usize,
+        sequence: u64,
     },
     Arriving {
         sequence: u64,
@@ -148,7 +152,20 @@ struct Proposal {
     failure: Failure,
     /// Who was asked.
     asked: Option<Rank>,
-    /// When to decide without an answer.
+    /// Who was asked before and did not answer.
+    silent: Option<Rank>,
+    /// When to go on without an answer.
+    expiry: Instant,
+}
+
+/// Deadlines that have passed, of which this rank decides which is the group's failure.
+///
+/// Ranks that wait for ranks that wait lose their patience at about the same time. The one to blame is who is waited for and does not
+/// complain.
+#[derive(Debug)]
+struct Trial {
+    complaints: Vec<Failure>,
+    /// When to decide.
     expiry: Instant,
 }
 
@@ -162,6 +179,7 @@ pub(super) struct State<B> {
     traffic: Traffic,
     cause: Option<CommError>,
     proposal: Option<Proposal>,
+    trial: Option<Trial>,
     outputs: Vec<Output<B>>,
     next_ticket: Ticket,
     next_sequence: u64,
@@ -186,6 +204,7 @@ impl<B: Buffer> State<B> {
             traffic: Traffic::default(),
             cause: None,
             proposal: None,
+            trial: None,
             outputs: Vec::new(),
             next_ticket: 0,
             next_sequence: first_sequence,
@@ -257,6 +276,7 @@ impl<B: Buffer> State<B> {
         let open = |receive: &Receive<B>| !matches!(receive.progress, Progress::Arrived { .. });
         let peers = || self.peers.iter();
         self.proposal.is_some()
+            || self.trial.is_some()
             || peers().any(|peer| !peer.sends.is_empty() || peer.receives.iter().any(open))
     }
 
@@ -335,11 +355,11 @@ impl<B: Buffer> State<B> {
             } => self.gather_mut((group, operation)).parts[peer].push_back(bytes),
             Frame::Propose(failure) => {
                 if self.cause.is_none() {
-                    self.decide(failure);
+                    self.consider(failure, now);
                 }
             }
             Frame::Poison(failure) => self.accept(failure),
-            Frame::Depart => self.gone(peer, Presence::Departed),
+            Frame::Depart => self.gone(peer, Presence::Departed, now),
             // Heard by the engine, between groups.
             Frame::Finish { .. } => {}
         }
@@ -359,10 +379,10 @@ impl<B: Buffer> State<B> {
         }
     }
 
-    fn gone(&mut self, peer: Rank, presence: Presence) {
+    fn gone(&mut self, peer: Rank, presence: Presence, now: Instant) {
         self.peers[peer].presence = presence;
         // It may be the one that was asked for its verdict.
-        self.ask_for_verdict();
+        self.ask_for_verdict(now);
     }
 
     /// Tells all that can still hear.

@@ -62,6 +62,7 @@ pub(crate) struct ThreadWire {
     frames: VecDeque<(Rank, Vec<u8>)>,
     sending: Vec<(Rank, u64, HostBuffer)>,
     receiving: Vec<(Rank, u64, HostBuffer)>,
+    discarding: Vec<(Rank, u64)>,
     looks: usize,
 }
 
@@ -106,6 +107,7 @@ impl ThreadWire {
             frames: VecDeque::new(),
             sending: Vec::new(),
             receiving: Vec::new(),
+            discarding: Vec::new(),
             looks: 0,
         }
     }
@@ -156,6 +158,10 @@ impl Wire<HostBuffer> for ThreadWire {
         self.receiving.push((peer, sequence, buffer));
     }
 
+    fn discard_data(&mut self, peer: Rank, sequence: u64, _: Expected) {
+        self.discarding.push((peer, sequence));
+    }
+
     fn poll(&mut self, events: &mut Vec<Event<HostBuffer>>) {
         self.looks += 1;
         if self.net.is_cut(self.rank) {
@@ -174,6 +180,9 @@ impl Wire<HostBuffer> for ThreadWire {
         if tardy && self.looks.is_multiple_of(2) {
             return;
         }
+        let mut discarding = std::mem::take(&mut self.discarding);
+        discarding.retain(|&(peer, sequence)| self.arrival(peer, sequence).is_none());
+        self.discarding = discarding;
         for (peer, sequence, buffer) in self.sending.drain(..) {
             events.push(Event::Sent {
                 peer,
@@ -197,7 +206,7 @@ impl Wire<HostBuffer> for ThreadWire {
     }
 
     fn is_busy(&self) -> bool {
-        !self.sending.is_empty() || !self.receiving.is_empty()
+        !self.sending.is_empty() || !self.receiving.is_empty() || !self.discarding.is_empty()
     }
 
     fn abandon(&mut self) {
@@ -352,7 +361,8 @@ fn a_cut_wire_ends_at_the_deadline() {
     });
 }
 
-/// A process that is in one group after the other: what was sent in the first and never taken is not taken in the second.
+/// A process that is in one group after the other: what was sent in the first and never taken is not taken in the second, and does
+/// not stay on the wire either.
 #[test]
 fn a_late_message_does_not_match_the_next_group() {
     let net = Net::new(2, Behaviour::Prompt);
@@ -385,6 +395,48 @@ fn a_late_message_does_not_match_the_next_group() {
             });
         }
     });
+    let is_empty = |inbox: &Mutex<Inbox>| inbox.lock().unwrap().data.is_empty();
+    assert!(net.inboxes.iter().all(is_empty));
+}
+
+/// The one message is of another size than what is expected, the other is expected by nobody.
+#[test]
+fn what_a_group_refuses_does_not_stay_on_the_wire() {
+    let net = Net::new(2, Behaviour::Prompt);
+    thread::scope(|scope| {
+        for rank in 0..2 {
+            let net = &net;
+            scope.spawn(move || {
+                let engine = net.engine(rank, PATIENT);
+                let endpoint = join(&engine, PATIENT).unwrap();
+                if rank == 0 {
+                    let other = Tag::new(0, 1, Payload::KeyValue);
+                    let sends = [TAG, other].map(|tag| {
+                        endpoint
+                            .isend(1, tag, HostBuffer::zeros(DType::F32, 2))
+                            .unwrap()
+                    });
+                    let errors = sends.map(|send| send.wait().unwrap_err());
+                    return assert_eq!(errors.map(|error| error.culprit()), [0, 0]);
+                }
+                let expected = Expected {
+                    dtype: DType::F32,
+                    len: 1,
+                };
+                let error = endpoint
+                    .irecv(0, TAG, expected)
+                    .unwrap()
+                    .wait()
+                    .unwrap_err();
+                assert!(
+                    matches!(error.kind, CommErrorKind::SizeMismatch { .. }),
+                    "{error}"
+                );
+            });
+        }
+    });
+    let is_empty = |inbox: &Mutex<Inbox>| inbox.lock().unwrap().data.is_empty();
+    assert!(net.inboxes.iter().all(is_empty));
 }
 
 #[test]

@@ -40,6 +40,12 @@ pub(crate) trait Wire<B: Buffer> {
     /// Receives into `buffer`, exactly as long as what was sent; ends with [`Event::Received`].
     fn receive_data(&mut self, peer: Rank, sequence: u64, buffer: B);
 
+    /// Nobody will receive this data, which the peer has sent. A wire on which data stays with the peer until it is received must
+    /// receive it all the same; there is no event of that. On other wires, as by default, nothing is to be done.
+    fn discard_data(&mut self, peer: Rank, sequence: u64, expected: Expected) {
+        let _ = (peer, sequence, expected);
+    }
+
     /// What has happened since the last call.
     fn poll(&mut self, events: &mut Vec<Event<B>>);
 

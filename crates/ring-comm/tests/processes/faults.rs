@@ -5,7 +5,7 @@
 
 use std::{
     fs, mem,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{self, Command},
     thread,
     time::{Duration, Instant, SystemTime},
@@ -263,7 +263,7 @@ fn receive(endpoint: &dyn Transport<HostBuffer>, peer: Rank) -> Result<(), CommE
     endpoint.irecv(peer, tag, expected)?.wait().map(drop)
 }
 
-fn signal_self(signal: &str) {
+pub(crate) fn signal_self(signal: &str) {
     note_fault();
     send_signal(signal, &process::id().to_string());
 }
@@ -293,7 +293,7 @@ pub(crate) fn wait_until(condition: impl Fn() -> bool) {
     }
 }
 
-fn send_signal(signal: &str, process: &str) {
+pub(crate) fn send_signal(signal: &str, process: &str) {
     let status = Command::new("kill")
         .args([&format!("-{signal}"), process])
         .status();
@@ -301,9 +301,14 @@ fn send_signal(signal: &str, process: &str) {
 }
 
 pub(crate) fn note_fault() {
+    note_fault_in(&folder());
+}
+
+/// Notes in the findings of a launch that the fault happens now.
+pub(crate) fn note_fault_in(folder: &Path) {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let nanoseconds = now.unwrap().as_nanos().to_string();
-    fs::write(folder().join("fault"), nanoseconds).unwrap();
+    fs::write(folder.join("fault"), nanoseconds).unwrap();
 }
 
 pub(crate) fn since_fault() -> Duration {

@@ -4,7 +4,8 @@ use std::{
     any::Any,
     env, fs,
     io::{ErrorKind, Read},
-    path::PathBuf,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
@@ -26,14 +27,21 @@ pub(crate) struct Outcome {
     pub(crate) statuses: Vec<ExitStatus>,
     pub(crate) took: Duration,
     output: String,
+    have_all_ended: bool,
     /// By rank, what it found; `None` if it did not come that far.
-    findings: Vec<Option<String>>,
+    pub(crate) findings: Vec<Option<String>>,
 }
 
 impl Outcome {
+    /// All ranks have come to the end of their task. `mpirun` may call it a success if they have not.
     pub(crate) fn expect_success(&self) {
-        let is_success = self.statuses.iter().all(ExitStatus::success);
-        assert!(is_success, "{:?}\n{}", self.statuses, self.output);
+        let (statuses, output) = (&self.statuses, &self.output);
+        assert!(
+            self.have_all_ended,
+            "a rank has failed: {statuses:?}\n{output}"
+        );
+        let is_success = statuses.iter().all(ExitStatus::success);
+        assert!(is_success, "{statuses:?}\n{output}");
     }
 
     /// What `rank` found.
@@ -55,6 +63,16 @@ pub(crate) fn this_program() -> Command {
 
 /// Starts `commands`, which start `world_size` ranks that perform `task`.
 pub(crate) fn run(commands: Vec<Command>, task: &str, world_size: usize) -> Outcome {
+    run_and(commands, task, world_size, |_| ())
+}
+
+/// As [`run`], and does something `meanwhile`, with the folder of the findings.
+pub(crate) fn run_and(
+    commands: Vec<Command>,
+    task: &str,
+    world_size: usize,
+    meanwhile: impl FnOnce(&Path),
+) -> Outcome {
     let folder = env::temp_dir().join(format!("ring-{}-{task}-{world_size}", std::process::id()));
     fs::create_dir_all(&folder).unwrap();
     let start = Instant::now();
@@ -66,6 +84,7 @@ pub(crate) fn run(commands: Vec<Command>, task: &str, world_size: usize) -> Outc
         streams.push(collect(child.stderr.take().unwrap()));
         children.push(child);
     }
+    let staged = catch_unwind(AssertUnwindSafe(|| meanwhile(&folder)));
     let statuses = wait(&mut children);
     let took = start.elapsed();
     let output: Vec<String> = streams
@@ -75,13 +94,39 @@ pub(crate) fn run(commands: Vec<Command>, task: &str, world_size: usize) -> Outc
     let output = output.concat();
     let finding = |rank| fs::read_to_string(folder.join(format!("rank-{rank}"))).ok();
     let findings = (0..world_size).map(finding).collect();
+    let has_ended = |rank| folder.join(end_of(rank)).exists();
+    let have_all_ended = (0..world_size).all(has_ended);
     fs::remove_dir_all(&folder).unwrap();
+    if let Err(payload) = staged {
+        eprintln!("{output}");
+        resume_unwind(payload);
+    }
     Outcome {
         statuses: statuses.unwrap_or_else(|| panic!("{task} took longer than {LIMIT:?}\n{output}")),
         took,
         output,
+        have_all_ended,
         findings,
     }
+}
+
+/// The number of this process, as its launcher tells it.
+pub(crate) fn launched_rank() -> usize {
+    let number = |name| env::var(name).ok()?.parse().ok();
+    ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"]
+        .into_iter()
+        .find_map(number)
+        .unwrap_or(0)
+}
+
+/// The file with which a rank says that it has come to the end of its task.
+fn end_of(rank: usize) -> String {
+    format!("ended-{rank}")
+}
+
+/// Says that this rank has come to the end of its task.
+pub(crate) fn report_end() {
+    fs::write(folder().join(end_of(launched_rank())), "").unwrap();
 }
 
 fn spawn(mut command: Command) -> Child {

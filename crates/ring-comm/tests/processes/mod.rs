@@ -12,7 +12,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     process::ExitCode,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use launch::TASK;
@@ -45,6 +45,7 @@ pub(crate) fn main(perform: fn(&str), tests: fn() -> Vec<Test>) -> ExitCode {
     match env::var(TASK) {
         Ok(task) => {
             perform(&task);
+            launch::report_end();
             ExitCode::SUCCESS
         }
         Err(_) => run_tests(tests()),
@@ -60,12 +61,11 @@ fn run_tests(tests: Vec<Test>) -> ExitCode {
         |test: &Test| words.is_empty() || words.iter().any(|word| test.name.contains(word));
     let mut failed = Vec::new();
     for test in tests.into_iter().filter(is_chosen) {
+        let start = Instant::now();
         let has_passed = catch_unwind(AssertUnwindSafe(|| (test.run)())).is_ok();
-        println!(
-            "test {} ... {}",
-            test.name,
-            if has_passed { "ok" } else { "FAILED" }
-        );
+        let verdict = if has_passed { "ok" } else { "FAILED" };
+        let seconds = start.elapsed().as_secs_f32();
+        println!("test {} ... {verdict} ({seconds:.1} s)", test.name);
         if !has_passed {
             failed.push(test.name);
         }

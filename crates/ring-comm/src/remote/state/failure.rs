@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Presence, Proposal, State, VERDICT_WITHIN};
+use super::{HEARING, Presence, Proposal, State, Trial, VERDICT_WITHIN};
 use crate::{
     buffer::Buffer,
     error::{CommError, CommErrorKind},
@@ -15,7 +15,7 @@ impl<B: Buffer> State<B> {
     /// Records a failure of this rank. The first rank that is there decides which of several failures at once is the
     /// group's; if that is another rank it is asked, and the cause is known when it answers or does not in time.
     pub(in crate::remote) fn poison(&mut self, cause: CommError, now: Instant) {
-        if self.cause.is_some() || self.proposal.is_some() {
+        if self.cause.is_some() || self.proposal.is_some() || self.has_complained() {
             return;
         }
         let failure = Failure {
@@ -27,9 +27,10 @@ impl<B: Buffer> State<B> {
         self.proposal = Some(Proposal {
             failure,
             asked: None,
+            silent: None,
             expiry: now + VERDICT_WITHIN,
         });
-        self.ask_for_verdict();
+        self.ask_for_verdict(now);
     }
 
     /// Fails without telling anybody: there is no wire any more.
@@ -49,11 +50,23 @@ impl<B: Buffer> State<B> {
         cause.with_history(self.recorder.snapshot())
     }
 
-    /// Decides about this rank's failure itself if the answer takes too long.
+    /// Asks another rank if the answer takes too long, and then decides about this rank's failure itself.
     pub(in crate::remote) fn tick(&mut self, now: Instant) {
-        if let Some(proposal) = self.proposal.take_if(|proposal| proposal.expiry <= now) {
-            self.decide(proposal.failure);
+        if let Some(trial) = self.trial.take_if(|trial| trial.expiry <= now) {
+            trial
+                .verdict()
+                .into_iter()
+                .for_each(|failure| self.decide(failure));
         }
+        let expired = self.proposal.take_if(|proposal| proposal.expiry <= now);
+        let Some(mut proposal) = expired else { return };
+        if proposal.silent.is_some() {
+            return self.consider(proposal.failure, now);
+        }
+        proposal.silent = proposal.asked;
+        proposal.expiry = now + VERDICT_WITHIN;
+        self.proposal = Some(proposal);
+        self.ask_for_verdict(now);
     }
 
     /// The peer cannot be reached any more: a failure, unless it has departed.
@@ -64,7 +77,7 @@ impl<B: Buffer> State<B> {
         ) {
             return;
         }
-        self.gone(peer, Presence::Lost);
+        self.gone(peer, Presence::Lost, now);
         let kind = CommErrorKind::PeerLost {
             reason: reason.to_owned(),
         };
@@ -77,13 +90,13 @@ impl<B: Buffer> State<B> {
     }
 
     /// Passes this rank's failure, if it has one, to the rank that decides.
-    pub(super) fn ask_for_verdict(&mut self) {
+    pub(super) fn ask_for_verdict(&mut self, now: Instant) {
         let Some(mut proposal) = self.proposal.take() else {
             return;
         };
-        let judge = self.judge(proposal.failure.cause.culprit());
+        let judge = self.judge(proposal.silent);
         if judge == self.rank {
-            return self.decide(proposal.failure);
+            return self.consider(proposal.failure, now);
         }
         if proposal.asked != Some(judge) {
             proposal.asked = Some(judge);
@@ -92,13 +105,34 @@ impl<B: Buffer> State<B> {
         self.proposal = Some(proposal);
     }
 
-    /// The first rank that is there and does not itself give cause for complaint; this rank itself in the end.
-    pub(super) fn judge(&self, culprit: Rank) -> Rank {
+    /// The first rank that is there; this rank itself in the end. Whom the failure blames does not matter: ranks that blame each other
+    /// must ask the same one.
+    pub(super) fn judge(&self, silent: Option<Rank>) -> Rank {
         let is_there = |rank: Rank| self.peers[rank].presence == Presence::Present;
         let mut ranks = 0..self.world_size();
         ranks
-            .find(|&rank| rank == self.rank || (is_there(rank) && rank != culprit))
+            .find(|&rank| rank == self.rank || (is_there(rank) && Some(rank) != silent))
             .unwrap_or(self.rank)
+    }
+
+    /// Decides about a failure: at once, unless it is a deadline that has passed, which may not be the only one.
+    pub(super) fn consider(&mut self, failure: Failure, now: Instant) {
+        if !matches!(failure.cause.kind, CommErrorKind::Deadline { .. }) {
+            return self.decide(failure);
+        }
+        let trial = self.trial.get_or_insert_with(|| Trial {
+            complaints: Vec::new(),
+            expiry: now + HEARING,
+        });
+        trial.complaints.push(failure);
+    }
+
+    /// Whether a failure of this rank is before itself as judge.
+    fn has_complained(&self) -> bool {
+        let complaints = self.trial.iter().flat_map(|trial| &trial.complaints);
+        complaints
+            .into_iter()
+            .any(|complaint| complaint.origin == self.rank)
     }
 
     /// The group has failed by this, and everybody is told.
@@ -121,6 +155,27 @@ impl<B: Buffer> State<B> {
         }
         self.cause = Some(failure.cause);
         self.proposal = None;
+        self.trial = None;
+    }
+}
+
+impl Trial {
+    /// The complaint about a rank that does not complain itself, as near to the first as possible; if all complain about one another,
+    /// one of them. `None` if there is none.
+    fn verdict(mut self) -> Option<Failure> {
+        let mut culprit = self.complaints.first()?.origin;
+        let mut last = None;
+        let by = |complaints: &[Failure], rank| {
+            complaints
+                .iter()
+                .position(|complaint| complaint.origin == rank)
+        };
+        while let Some(index) = by(&self.complaints, culprit) {
+            let complaint = self.complaints.swap_remove(index);
+            culprit = complaint.cause.culprit();
+            last = Some(complaint);
+        }
+        last
     }
 }
 

@@ -110,7 +110,7 @@ impl<B: Buffer> State<B> {
         match &receives[index].progress {
             Progress::Open { .. } => return Attempt::Blocked(peer),
             Progress::Arriving { .. } => return Attempt::Underway(peer),
-            &Progress::Refused { dtype, len } => {
+            &Progress::Refused { dtype, len, .. } => {
                 let expected = receives[index].expected;
                 return Attempt::Failed(CommErrorKind::SizeMismatch {
                     expected_len: expected.len,
@@ -155,6 +155,31 @@ impl<B: Buffer> State<B> {
         }
     }
 
+    /// What peers have sent and nobody here will receive: peer, number and kind of the data.
+    pub(in crate::remote) fn refused_data(
+        &self,
+    ) -> impl Iterator<Item = (Rank, u64, Expected)> + '_ {
+        let of_peer = |(rank, peer): (Rank, &Peer<B>)| {
+            let offers = peer.offers.iter().map(|offer| {
+                let Offer { dtype, len, .. } = *offer;
+                (rank, offer.sequence, Expected { dtype, len })
+            });
+            let refused = peer.receives.iter().filter_map(|receive| {
+                let Progress::Refused {
+                    dtype,
+                    len,
+                    sequence,
+                } = receive.progress
+                else {
+                    return None;
+                };
+                Some((rank, sequence, Expected { dtype, len }))
+            });
+            offers.chain(refused).collect::<Vec<_>>()
+        };
+        self.peers.iter().enumerate().flat_map(of_peer)
+    }
+
     pub(super) fn offered(&mut self, peer: Rank, offer: Offer) {
         let receives = &mut self.peers[peer].receives;
         match receives
@@ -196,7 +221,11 @@ impl<B> Receive<B> {
             ..
         } = offer;
         if (Expected { dtype, len }) != self.expected {
-            self.progress = Progress::Refused { dtype, len };
+            self.progress = Progress::Refused {
+                dtype,
+                len,
+                sequence,
+            };
             return Vec::new();
         }
         let taken = Progress::Arriving { sequence };

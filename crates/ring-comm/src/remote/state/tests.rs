@@ -221,15 +221,78 @@ fn of_two_failures_at_once_the_ranks_settle_on_one() {
     }
 }
 
+/// Two deadlines have passed at the same moment.
 #[test]
-fn a_judge_that_says_nothing_is_not_waited_for() {
+fn ranks_that_blame_each_other_settle_on_one_failure() {
+    let mut ranks = ranks(3);
+    for (rank, peer) in [(0, 1), (1, 0), (2, 1)] {
+        ranks[rank].poison(blaming(rank, peer), Instant::now());
+    }
+    deliver_all(&mut ranks);
+    ranks[0].tick(Instant::now() + HEARING);
+    deliver_all(&mut ranks);
+    let cause = ranks[0].cause().cloned();
+    assert!(cause.is_some());
+    assert!(ranks.iter().all(|rank| rank.cause() == cause.as_ref()));
+}
+
+/// Rank 0 waits for rank 2, which waits for rank 1, which does not wait for anybody.
+#[test]
+fn who_is_waited_for_and_does_not_wait_is_to_blame() {
+    for order in [[0, 2], [2, 0]] {
+        let mut ranks = ranks(3);
+        for rank in order {
+            let peer = if rank == 0 { 2 } else { 1 };
+            ranks[rank].poison(blaming(rank, peer), Instant::now());
+            deliver_all(&mut ranks);
+        }
+        assert!(ranks.iter().all(|rank| rank.cause().is_none()));
+        ranks[0].tick(Instant::now() + HEARING);
+        deliver_all(&mut ranks);
+        for state in &ranks {
+            assert_eq!(state.cause(), Some(&blaming(2, 1)));
+        }
+    }
+}
+
+#[test]
+fn judges_that_say_nothing_are_not_waited_for() {
     let mut ranks = ranks(3);
     let now = Instant::now();
     ranks[2].poison(panicked(2), now);
-    ranks[2].tick(now + VERDICT_WITHIN - Duration::from_millis(1));
-    assert_eq!(ranks[2].cause(), None);
     ranks[2].tick(now + VERDICT_WITHIN);
+    assert_eq!(ranks[2].cause(), None, "the next one is asked");
+    ranks[2].tick(now + 2 * VERDICT_WITHIN - Duration::from_millis(1));
+    assert_eq!(ranks[2].cause(), None);
+    ranks[2].tick(now + 2 * VERDICT_WITHIN);
     assert_eq!(ranks[2].cause(), Some(&panicked(2)));
+}
+
+/// Rank 0 is stopped, say: what it is told stays where it is.
+#[test]
+fn the_next_rank_judges_when_the_first_says_nothing() {
+    let mut ranks = ranks(3);
+    let now = Instant::now();
+    for rank in [1, 2] {
+        ranks[rank].poison(blaming(rank, 0), now);
+        ranks[rank].take_outputs();
+    }
+    ranks[2].tick(now + VERDICT_WITHIN);
+    deliver(&mut ranks, 2);
+    ranks[1].tick(now + VERDICT_WITHIN);
+    ranks[1].tick(Instant::now() + VERDICT_WITHIN + HEARING);
+    deliver(&mut ranks, 1);
+    for rank in [1, 2] {
+        assert_eq!(ranks[rank].cause(), Some(&blaming(2, 0)));
+    }
+}
+
+fn blaming(rank: Rank, peer: Rank) -> CommError {
+    let kind = CommErrorKind::Deadline {
+        deadline: Duration::ZERO,
+        pending: Vec::new(),
+    };
+    CommError::new(rank, Some(peer), None, kind)
 }
 
 #[test]
