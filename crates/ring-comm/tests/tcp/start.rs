@@ -3,7 +3,7 @@
 use std::{
     env, fs,
     net::TcpListener,
-    process::Command,
+    process::{Command, ExitStatus},
     time::{Duration, Instant},
 };
 
@@ -263,5 +263,6 @@ fn duplicate_rank() {
     );
     let has_met = |process: &usize| outcome.finding(*process).starts_with("met");
     assert_eq!((0..=RANKS).filter(has_met).count(), RANKS);
-    outcome.expect_success();
+    // Two of them end as the same rank, so not all ranks come to their end.
+    assert!(outcome.statuses.iter().all(ExitStatus::success));
 }
