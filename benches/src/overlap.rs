@@ -11,6 +11,7 @@ use ring_comm::{
     collective::barrier,
 };
 use ring_core::{AttentionSpec, Pattern, Shape};
+use ring_kernels::{CpuKernels, Kernels};
 use serde::{Deserialize, Serialize};
 
 use crate::workload::Rank;
@@ -126,11 +127,14 @@ struct Shift {
 }
 
 impl Shift {
+    /// Memory of the kernels, as all messages of the driver have.
     fn new() -> Self {
+        let kernels = CpuKernels::new(1).expect("threads can be started");
         let len = SHIFT_BYTES / DType::F32.size();
+        let buffer = || kernels.allocate(DType::F32, len, None);
         Self {
-            outgoing: HostBuffer::F32(vec![1.0; len]),
-            memory: Some(HostBuffer::F32(vec![2.0; len])),
+            outgoing: buffer().expect("memory for a message"),
+            memory: Some(buffer().expect("memory for a message")),
         }
     }
 

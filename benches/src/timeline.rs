@@ -267,7 +267,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("file");
         assert!(matches!(
-            merged(&[file.clone()]),
+            merged(std::slice::from_ref(&file)),
             Err(TimelineError::File { .. })
         ));
         for text in [
@@ -278,7 +278,7 @@ mod tests {
             "{\"traceEvents\":[{}]}",
         ] {
             fs::write(&file, text).unwrap();
-            let result = merged(&[file.clone()]);
+            let result = merged(std::slice::from_ref(&file));
             assert!(matches!(result, Err(TimelineError::NoTrace(_))), "{text}");
         }
     }

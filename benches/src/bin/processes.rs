@@ -92,8 +92,8 @@ fn heading() -> String {
          ## A shift of {} MiB under a computation\n\n\
          Two ranks of one thread, each of which sends a buffer to the other and receives one while it computes (attention that fits in the \
          cache, always the same number of operations). Medians of repetitions in which the computation alone, the shift alone, and both \
-         take turns; the ratio is that of both to the computation alone, median and range of the pairs; the bar is {OVERLAP_BAR}. For \
-         comparison: full attention on {} MiB of keys and values (8 heads of 64, f32) is 3 s of computation.\n\n\
+         take turns; the ratio is that of both to the computation alone, median and range of the pairs; the bar of loopback and MPI is {OVERLAP_BAR}. No core is \
+         idle here, so that what a copy takes is missing elsewhere. For comparison: full attention on {} MiB of keys and values (8 heads of 64, f32) is 3 s of computation.\n\n\
          | transport | computation, ms | shift alone, ms | both, ms | ratio | range | |\n\
          |---|---|---|---|---|---|---|\n",
         machine::processor(),
@@ -121,6 +121,8 @@ fn overlap_row(report: &mut String, starter: Starter, times: &[Times]) -> bool {
     let of = |pick: fn(&Times) -> f64| Spread::of(times.iter().map(pick).collect());
     let ratio = of(|times| times.both / times.computation);
     let is_met = ratio.median <= OVERLAP_BAR;
+    // TCP copies through the kernel twice; it has no bar.
+    let has_bar = starter != Starter::Tcp;
     let _ = writeln!(
         report,
         "| {starter} | {:.1} | {:.1} | {:.1} | {:.3} | {:.3} to {:.3} | {} |",
@@ -130,10 +132,10 @@ fn overlap_row(report: &mut String, starter: Starter, times: &[Times]) -> bool {
         ratio.median,
         ratio.least,
         ratio.most,
-        verdict(is_met),
+        if has_bar { verdict(is_met) } else { "" },
     );
     eprintln!("{}", report.lines().last().unwrap_or_default());
-    is_met
+    is_met || !has_bar
 }
 
 fn ring_row(report: &mut String, starter: Starter, pairs: usize) -> Result<bool, Box<dyn Error>> {

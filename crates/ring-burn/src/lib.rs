@@ -57,7 +57,10 @@ pub use attention::{
 pub use error::RingError;
 pub use gradient::{parameter_checksum, sum_gradients};
 pub use ring::Ring;
-pub use ring_comm::{CommError, Communicator, Loopback, Transport, buffer::HostBuffer, collective};
+pub use ring_comm::{
+    CommError, Communicator, ConnectError, Loopback, Transport, TransportKind, buffer::HostBuffer,
+    collective, launch,
+};
 #[cfg(feature = "mpi")]
 pub use ring_comm::{Mpi, MpiError};
 pub use ring_core::{HeadOffsets, Mixing, Pattern, PatternError, Sharding, Span};

@@ -1,7 +1,7 @@
 //! Runs a command on several ranks that are processes, never longer than a limit.
 
 use std::{
-    env, fmt,
+    fmt,
     io::{BufRead, BufReader, ErrorKind, Read},
     net::TcpListener,
     process::{Child, Command, Stdio},
@@ -115,7 +115,7 @@ fn under_mpirun(ranks: usize, script: &str) -> Command {
     // A rank that dies must not take the others with it, or nobody would see what they say.
     mpirun.args(["--bind-to", "none", "--enable-recovery"]);
     mpirun.args(["-n", &ranks.to_string()]);
-    if let Ok(options) = env::var("RING_MPIRUN_OPTIONS") {
+    if let Ok(options) = std::env::var("RING_MPIRUN_OPTIONS") {
         mpirun.args(options.split_whitespace());
     }
     let script = script.replace("$RANK", "$OMPI_COMM_WORLD_RANK");

@@ -34,7 +34,7 @@ const ATTENTIVE: Duration = Duration::from_micros(50);
 /// Between two looks at the wire when data is flowing, or somebody waits for something.
 const SHORT_BREAK: Duration = Duration::from_micros(100);
 /// Between two looks at the wire when nothing is expected, or for long.
-const LONG_BREAK: Duration = Duration::from_millis(1);
+const LONG_BREAK: Duration = Duration::from_millis(2);
 /// Between two looks at the processes of the peers.
 const BETWEEN_CHECKS: Duration = Duration::from_millis(50);
 /// How long a rank that leaves after a failure waits for the others to leave too.

@@ -274,10 +274,12 @@ impl<B: Buffer> State<B> {
     /// Whether a message is expected or to be taken.
     pub(super) fn expects_something(&self) -> bool {
         let open = |receive: &Receive<B>| !matches!(receive.progress, Progress::Arrived { .. });
+        let unfinished = |send: &Send<B>| send.taken.is_none() || send.buffer.is_none();
         let peers = || self.peers.iter();
         self.proposal.is_some()
             || self.trial.is_some()
-            || peers().any(|peer| !peer.sends.is_empty() || peer.receives.iter().any(open))
+            || peers()
+                .any(|peer| peer.sends.iter().any(unfinished) || peer.receives.iter().any(open))
     }
 
     /// Whether data is being copied to or from this rank.
