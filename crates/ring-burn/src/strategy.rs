@@ -15,7 +15,7 @@ mod worker;
 use std::{
     any::Any,
     ops::Range,
-    panic::{AssertUnwindSafe, catch_unwind},
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Arc,
         mpsc::{channel, sync_channel},
@@ -403,7 +403,20 @@ impl RingStrategy {
                 orders,
                 answers: from_rank_0,
             };
-            let outcome = coordinator.run(&workers, starting_epoch);
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                coordinator.run(&workers, starting_epoch)
+            }));
+            let error = match &outcome {
+                Ok(_) => coordinator
+                    .components
+                    .interrupter
+                    .error()
+                    .map(|error| error.to_string()),
+                Err(payload) => Some(text(payload.as_ref())),
+            };
+            if let (Ranks::Processes(everyone), Some(error)) = (&self.ranks, error) {
+                workers.abandon(everyone, &error);
+            }
             drop(workers);
             let failures = threads
                 .into_iter()
@@ -415,6 +428,7 @@ impl RingStrategy {
                     Some(failure(rank, message))
                 })
                 .collect();
+            let outcome = outcome.unwrap_or_else(|payload| resume_unwind(payload));
             (outcome.unwrap_or(learner).model(), failures)
         })
     }
