@@ -117,7 +117,10 @@ where
     pub(super) fn run(mut self, device: &Device, orders: &Receiver<Order<M>>) {
         self.start(device);
         while let Ok(order) = orders.recv() {
-            if let Some(announced) = Announced::of(&order) {
+            // Only other processes need an item's identity, which may take long to compute.
+            if self.announces
+                && let Some(announced) = Announced::of(&order)
+            {
                 self.announce(announced);
             }
             match order {
@@ -128,17 +131,15 @@ where
                 Order::Abandon => return,
             }
         }
-        self.announce(Announced::End);
+        if self.announces {
+            self.announce(Announced::End);
+        }
     }
 
     fn announce(&self, announced: Announced) {
-        if self.announces {
-            announced
-                .send(&self.place.group.everyone)
-                .unwrap_or_else(|error| {
-                    panic!("the other ranks cannot be told what to do: {error}")
-                });
-        }
+        announced
+            .send(&self.place.group.everyone)
+            .unwrap_or_else(|error| panic!("the other ranks cannot be told what to do: {error}"));
     }
 
     /// Ranks whose parameters differ would train something else than the user's model.
