@@ -160,4 +160,9 @@ fn misfits_are_refused(launcher: Launcher) {
         assert_eq!(outcome.statuses(), ["2"; 2], "{}", outcome.stderr);
         assert!(outcome.stderr.contains(word), "{}", outcome.stderr);
     }
+    // Each rank draws its own rows.
+    let outcome = launcher.run(2, &format!("{attend} --seed $RANK"));
+    assert_eq!(outcome.statuses(), ["1"; 2], "{}", outcome.stderr);
+    let expected = "rank 1 has --seed = 1, rank 0 has 0";
+    assert!(outcome.stderr.contains(expected), "{}", outcome.stderr);
 }
