@@ -1,7 +1,7 @@
 //! The program `attend`: attention of whole tensors, computed by ranks that each hold only their rows.
 //!
-//! Data flows one way: [`Options`] name an [`Input`], whose sizes complete the computation; [`compute`] runs it on loopback
-//! ranks, each of which takes its rows from the input; the [`Outcome`] puts their results together, for a file or a line of
+//! Data flows one way: [`Options`] name an [`Input`], whose sizes complete the computation; the ranks, threads or
+//! processes, each take their rows of it and compute; the [`Outcome`] puts their results together, for a file or a line of
 //! measurements.
 
 mod gather;
@@ -41,6 +41,8 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         .transpose()?;
     let outcome = ranks::compute(options, &input, &placement)?;
     let peak_rss_mb = measurement::peak_rss_mb(&placement)?;
+    // The processes part here: none need wait until a large file is written.
+    drop(placement);
     // Another process has it all.
     let Some(outcome) = outcome else {
         return Ok(());
