@@ -72,6 +72,10 @@ fn prepare(args: &Args) -> Result<Prepared, Failure> {
         check_checkpoint(args, epoch, &model).map_err(Failure::Input)?;
     }
     let (placement, ranks) = args.placement()?;
+    let checksum = format!("{} bytes, {:016x}", text.bytes.len(), text.checksum());
+    let mut terms = args.unseen();
+    terms.push(("the text", checksum));
+    placement.agree("train", &terms)?;
     let strategy = strategy(args, &placement, ranks, &device).map_err(Failure::input)?;
     if placement.has_first_rank() {
         fs::create_dir_all(&args.artifacts).map_err(|error| {
