@@ -106,7 +106,9 @@ impl DataGroup {
 /// - All of them must start from the same parameters and read the same items in the same order: seed both. They compare both, and
 ///   stop with an error if they differ.
 /// - Rank 0 decides when the training ends, and is alone in having metrics, progress and checkpoints; the others show and write
-///   nothing. They still load a checkpoint, to resume.
+///   nothing, but make the checkpoints' directory. They still load a checkpoint, to resume.
+/// - They wait for what rank 0 says next no longer than the communicator's deadline: that is how long a checkpoint, a metric or
+///   the validation of the first group may take.
 /// - burn-train opens its log, and a dashboard if there is a terminal, before any strategy is asked. So give the others
 ///   `with_application_logger(None)`, and, where they have terminals, a renderer that does nothing.
 #[derive(Clone, Debug)]
@@ -131,7 +133,7 @@ enum Ranks {
 }
 
 impl RingStrategy {
-    /// Longest wait of a rank for another, unless set: generous, since a step may take minutes on a small machine.
+    /// Longest wait of a rank that is a thread for another, unless set: generous, since a step may take minutes on a small machine.
     pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(600);
 
     /// A strategy over one group of `ranks` ranks, which are threads of this process, on an autodiff `device`.
