@@ -30,15 +30,18 @@ use output_file::OutputFile;
 /// [`Failure`]; there is no output file then.
 pub fn run(options: &Options) -> Result<(), Failure> {
     options.check()?;
-    let input = Input::open(options)?;
+    // Before anything that may be wrong in one process alone: the others would wait for it until the deadline.
     let placement = options.placement()?;
+    let tell = |failure: &Failure| placement.abort(failure);
+    let input = Input::open(options).inspect_err(tell)?;
     // Made before the computation, so that a path that cannot be written is found out at once.
     let file = options
         .output
         .as_deref()
         .filter(|_| placement.has_first_rank())
         .map(OutputFile::create)
-        .transpose()?;
+        .transpose()
+        .inspect_err(tell)?;
     let outcome = ranks::compute(options, &input, &placement)?;
     let peak_rss_mb = measurement::peak_rss_mb(&placement)?;
     // The processes part here: none need wait until a large file is written.

@@ -127,6 +127,13 @@ impl Placement {
             .map_err(|error| Failure::Run(error.root().to_string()))
     }
 
+    /// Tells the other processes, if there are any, why this one cannot go on.
+    pub fn abort(&self, failure: &Failure) {
+        if let Ranks::Processes(communicator) = &self.ranks {
+            communicator.abort(&failure.to_string());
+        }
+    }
+
     /// What `value` is in each process, in the order of ranks; all of them must ask.
     ///
     /// # Errors

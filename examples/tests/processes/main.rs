@@ -31,7 +31,7 @@ const LAUNCHERS: &[Launcher] = &[
 /// A test: its name, and what it does.
 type Test = (&'static str, fn(Launcher));
 
-const TESTS: [Test; 10] = [
+const TESTS: [Test; 11] = [
     ("golden numbers", golden_numbers),
     (
         "attend writes files and measures",
@@ -50,6 +50,10 @@ const TESTS: [Test; 10] = [
     (
         "another text on one rank is found out",
         training::another_text,
+    ),
+    (
+        "a text that one rank cannot read is told to all",
+        training::missing_text,
     ),
     (
         "another dropout on one rank is found out",
