@@ -1,7 +1,7 @@
 //! The program `attend`: attention of whole tensors, computed by ranks that each hold only their rows.
 //!
-//! Data flows one way: [`Options`] name an [`Input`], whose sizes complete the computation; [`compute`] runs it on loopback
-//! ranks, each of which takes its rows from the input; the [`Outcome`] puts their results together, for a file or a line of
+//! Data flows one way: [`Options`] name an [`Input`], whose sizes complete the computation; the ranks, threads or
+//! processes, each take their rows of it and compute; the [`Outcome`] puts their results together, for a file or a line of
 //! measurements.
 
 mod gather;
@@ -30,17 +30,22 @@ use output_file::OutputFile;
 /// [`Failure`]; there is no output file then.
 pub fn run(options: &Options) -> Result<(), Failure> {
     options.check()?;
-    let input = Input::open(options)?;
+    // Before anything that may be wrong in one process alone: the others would wait for it until the deadline.
     let placement = options.placement()?;
+    let tell = |failure: &Failure| placement.abort(failure);
+    let input = Input::open(options).inspect_err(tell)?;
     // Made before the computation, so that a path that cannot be written is found out at once.
     let file = options
         .output
         .as_deref()
         .filter(|_| placement.has_first_rank())
         .map(OutputFile::create)
-        .transpose()?;
+        .transpose()
+        .inspect_err(tell)?;
     let outcome = ranks::compute(options, &input, &placement)?;
     let peak_rss_mb = measurement::peak_rss_mb(&placement)?;
+    // The processes part here: none need wait until a large file is written.
+    drop(placement);
     // Another process has it all.
     let Some(outcome) = outcome else {
         return Ok(());

@@ -109,6 +109,31 @@ impl Placement {
         }
     }
 
+    /// Checks that all processes were started with the same `fields`; all of them must ask.
+    ///
+    /// # Errors
+    /// [`Failure::Run`] that names the first rank that differs and the field in which it does, or if the processes cannot be
+    /// reached.
+    pub fn agree(&self, topic: &str, fields: &[(&str, String)]) -> Result<(), Failure> {
+        let Ranks::Processes(communicator) = &self.ranks else {
+            return Ok(());
+        };
+        let fields: Vec<(String, String)> = fields
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), value.clone()))
+            .collect();
+        communicator
+            .agree(topic, &fields)
+            .map_err(|error| Failure::Run(error.root().to_string()))
+    }
+
+    /// Tells the other processes, if there are any, why this one cannot go on.
+    pub fn abort(&self, failure: &Failure) {
+        if let Ranks::Processes(communicator) = &self.ranks {
+            communicator.abort(&failure.to_string());
+        }
+    }
+
     /// What `value` is in each process, in the order of ranks; all of them must ask.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use std::{
     process::ExitCode,
 };
 
-use clap::Parser;
+use clap::{Parser, builder::RangedU64ValueParser};
 use ring_benches::{
     machine,
     overlap::{SHIFT_BYTES, Times},
@@ -35,11 +35,11 @@ struct Options {
     out: PathBuf,
 
     /// Repetitions of a shift, each with the computation alone before it
-    #[arg(long, default_value_t = 15)]
+    #[arg(long, default_value_t = 15, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     shifts: usize,
 
     /// Pairs of runs of the ring
-    #[arg(long, default_value_t = 9)]
+    #[arg(long, default_value_t = 9, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pairs: usize,
 }
 

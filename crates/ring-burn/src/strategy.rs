@@ -15,7 +15,7 @@ mod worker;
 use std::{
     any::Any,
     ops::Range,
-    panic::{AssertUnwindSafe, catch_unwind},
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Arc,
         mpsc::{channel, sync_channel},
@@ -106,7 +106,9 @@ impl DataGroup {
 /// - All of them must start from the same parameters and read the same items in the same order: seed both. They compare both, and
 ///   stop with an error if they differ.
 /// - Rank 0 decides when the training ends, and is alone in having metrics, progress and checkpoints; the others show and write
-///   nothing. They still load a checkpoint, to resume.
+///   nothing, but make the checkpoints' directory. They still load a checkpoint, to resume.
+/// - They wait for what rank 0 says next no longer than the communicator's deadline: that is how long a checkpoint, a metric or
+///   the validation of the first group may take.
 /// - burn-train opens its log, and a dashboard if there is a terminal, before any strategy is asked. So give the others
 ///   `with_application_logger(None)`, and, where they have terminals, a renderer that does nothing.
 #[derive(Clone, Debug)]
@@ -131,7 +133,7 @@ enum Ranks {
 }
 
 impl RingStrategy {
-    /// Longest wait of a rank for another, unless set: generous, since a step may take minutes on a small machine.
+    /// Longest wait of a rank that is a thread for another, unless set: generous, since a step may take minutes on a small machine.
     pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(600);
 
     /// A strategy over one group of `ranks` ranks, which are threads of this process, on an autodiff `device`.
@@ -403,7 +405,20 @@ impl RingStrategy {
                 orders,
                 answers: from_rank_0,
             };
-            let outcome = coordinator.run(&workers, starting_epoch);
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                coordinator.run(&workers, starting_epoch)
+            }));
+            let error = match &outcome {
+                Ok(_) => coordinator
+                    .components
+                    .interrupter
+                    .error()
+                    .map(|error| error.to_string()),
+                Err(payload) => Some(text(payload.as_ref())),
+            };
+            if let (Ranks::Processes(everyone), Some(error)) = (&self.ranks, error) {
+                workers.abandon(everyone, &error);
+            }
             drop(workers);
             let failures = threads
                 .into_iter()
@@ -415,6 +430,7 @@ impl RingStrategy {
                     Some(failure(rank, message))
                 })
                 .collect();
+            let outcome = outcome.unwrap_or_else(|payload| resume_unwind(payload));
             (outcome.unwrap_or(learner).model(), failures)
         })
     }

@@ -204,7 +204,7 @@ impl Communicator<HostBuffer> {
         }
     }
 
-    /// Finds out how many of the processes run on this machine.
+    /// Finds out how many of the processes run on this machine's processors, or on those of it that this process may use.
     fn among_processes(transport: Arc<dyn Transport<HostBuffer>>) -> Result<Self, CommError> {
         let communicator = Self::new(transport);
         let machine = machine();
@@ -242,12 +242,18 @@ fn check_place(
     })
 }
 
-/// Tells the machines of a network apart.
+/// Tells apart the machines of a network, and the processors of one that ranks are confined to (`mpirun --bind-to`, `srun
+/// --cpus-per-task`): those that have some to themselves share them with nobody.
 fn machine() -> String {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let boot = read("/proc/sys/kernel/random/boot_id");
     let name = read("/proc/sys/kernel/hostname");
-    format!("{} {}", boot.trim(), name.trim())
+    let status = read("/proc/thread-self/status");
+    let processors = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    let processors = processors.unwrap_or_default();
+    format!("{} {} {}", boot.trim(), name.trim(), processors.trim())
 }
 
 #[cfg(test)]

@@ -101,7 +101,7 @@ impl<B: Buffer> Communicator<B> {
     }
 
     /// Number of ranks that share this machine's processors, this one among them, also those of other groups that
-    /// were split off the same whole.
+    /// were split off the same whole. Ranks that their launcher has confined to other processors are not counted.
     pub fn ranks_on_this_machine(&self) -> usize {
         self.ranks_on_this_machine
     }

@@ -271,7 +271,7 @@ where
     let strategy = RingStrategy::new(ranks, Sharding::Zigzag, Device::flex().autodiff())
         .unwrap()
         .with_deadline(DEADLINE);
-    launch_with(strategy, model, item, 3, accumulation)
+    launch_with(strategy, model, item, 3, accumulation, Interrupter::new())
 }
 
 fn launch_with<M>(
@@ -280,6 +280,7 @@ fn launch_with<M>(
     item: TokenWindows,
     steps: usize,
     accumulation: usize,
+    interrupter: Interrupter,
 ) -> burn::train::LearningResult<M>
 where
     M: TrainStep<Input = TokenWindows, Output = SequenceLoss>
@@ -299,7 +300,7 @@ where
         Arc::new(Loader { item, steps: 1 }),
     )
     .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))
-    .with_interrupter(Interrupter::new())
+    .with_interrupter(interrupter)
     .with_application_logger(None)
     .with_metric_logger(InMemoryMetricLogger::new())
     .renderer(Box::new(CliMetricsRenderer::new()))
@@ -353,7 +354,7 @@ fn launch_processes(
         let (model, item, steps) = own(everyone.rank());
         let device = Device::flex().autodiff();
         let strategy = RingStrategy::of_process(everyone, Sharding::Zigzag, device).unwrap();
-        let result = launch_with(strategy, model, item, steps, 2);
+        let result = launch_with(strategy, model, item, steps, 2, Interrupter::new());
         match result.error {
             None => Ok(result.model),
             Some(error) => Err(error.to_string()),
@@ -402,6 +403,27 @@ fn ranks_that_are_given_different_things_end_with_errors_that_say_so() {
     });
     let expected = "ranks start from different parameters";
     assert!(said.iter().all(|said| said.contains(expected)), "{said:?}");
+}
+
+/// Of data that cannot be read, a checkpoint that cannot be written and the like rank 0 alone knows.
+#[test]
+fn a_training_that_fails_beside_the_ranks_ends_with_an_error_on_all() {
+    let model = model(0.0);
+    let results = Loopback::run::<HostBuffer, _>(3, DEADLINE, |endpoint| {
+        let everyone = Communicator::new(Arc::new(endpoint));
+        let interrupter = Interrupter::new();
+        if everyone.rank() == 0 {
+            interrupter.fail(DatasetError::new(std::io::Error::other("no such disk")));
+        }
+        let device = Device::flex().autodiff();
+        let strategy = RingStrategy::of_process(everyone, Sharding::Zigzag, device).unwrap();
+        let result = launch_with(strategy, model.clone(), windows(), 3, 1, interrupter);
+        result.error.map(|error| error.to_string())
+    });
+    for said in results {
+        let said = said.unwrap().unwrap_or_default();
+        assert!(said.contains("no such disk"), "{said:?}");
+    }
 }
 
 /// A model that panics on one rank in the middle of a training step.

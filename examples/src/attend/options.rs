@@ -187,6 +187,15 @@ impl Options {
         Ok(spec.with_dtype(self.dtype))
     }
 
+    /// What no rank can see of another while they compute, but must be the same on all.
+    pub(super) fn unseen(&self) -> [(&'static str, String); 3] {
+        [
+            ("--seed", self.seed.to_string()),
+            ("--output given", self.output.is_some().to_string()),
+            ("--repeat", self.repeat.unwrap_or(1).to_string()),
+        ]
+    }
+
     /// Whether a line of measurements is wanted.
     pub fn measures(&self) -> bool {
         self.random.is_some() || self.repeat.is_some()

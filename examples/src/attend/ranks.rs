@@ -43,6 +43,7 @@ pub(super) fn compute(
     match &placement.ranks {
         Ranks::Threads(_) => on_threads(options, input, spec, placement.deadline).map(Some),
         Ranks::Processes(communicator) => {
+            placement.agree("attend", &options.unseen())?;
             let ranks = on_processes(options, input, &spec, communicator)?;
             Ok(ranks.map(|ranks| Outcome {
                 ranks,

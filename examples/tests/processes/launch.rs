@@ -4,6 +4,7 @@ use std::{
     fmt,
     io::{BufRead, BufReader, ErrorKind, Read},
     net::TcpListener,
+    os::unix::process::CommandExt,
     process::{Child, Command, Stdio},
     sync::Mutex,
     thread,
@@ -125,6 +126,8 @@ fn under_mpirun(ranks: usize, script: &str) -> Command {
 
 fn start(command: &mut Command) -> Child {
     command
+        // What a shell has started ends with it, or its pipes would stay open.
+        .process_group(0)
         .env(TASK, "")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -177,14 +180,18 @@ fn wait(children: &mut [Child]) -> bool {
         }
         thread::sleep(Duration::from_millis(5));
     }
-    for child in children.iter_mut() {
-        // mpirun passes the signal on to its processes, unless it hangs itself.
-        let _ = Command::new("kill").arg(child.id().to_string()).status();
-    }
+    // mpirun passes the signal on to its processes, unless it hangs itself.
+    children.iter().for_each(|child| signal(child, "-TERM"));
     thread::sleep(Duration::from_secs(3));
     for child in children {
-        let _ = child.kill();
+        signal(child, "-KILL");
         child.wait().unwrap();
     }
     false
+}
+
+/// Sends it to the child and all that it has started.
+fn signal(child: &Child, signal: &str) {
+    let group = format!("-{}", child.id());
+    let _ = Command::new("kill").args([signal, "--", &group]).status();
 }

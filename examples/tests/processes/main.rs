@@ -31,7 +31,7 @@ const LAUNCHERS: &[Launcher] = &[
 /// A test: its name, and what it does.
 type Test = (&'static str, fn(Launcher));
 
-const TESTS: [Test; 9] = [
+const TESTS: [Test; 11] = [
     ("golden numbers", golden_numbers),
     (
         "attend writes files and measures",
@@ -50,6 +50,14 @@ const TESTS: [Test; 9] = [
     (
         "another text on one rank is found out",
         training::another_text,
+    ),
+    (
+        "a text that one rank cannot read is told to all",
+        training::missing_text,
+    ),
+    (
+        "another dropout on one rank is found out",
+        training::another_dropout,
     ),
     (
         "another seed on one rank is found out",
@@ -160,4 +168,9 @@ fn misfits_are_refused(launcher: Launcher) {
         assert_eq!(outcome.statuses(), ["2"; 2], "{}", outcome.stderr);
         assert!(outcome.stderr.contains(word), "{}", outcome.stderr);
     }
+    // Each rank draws its own rows.
+    let outcome = launcher.run(2, &format!("{attend} --seed $RANK"));
+    assert_eq!(outcome.statuses(), ["1"; 2], "{}", outcome.stderr);
+    let expected = "rank 1 has --seed = 1, rank 0 has 0";
+    assert!(outcome.stderr.contains(expected), "{}", outcome.stderr);
 }

@@ -146,7 +146,30 @@ pub(crate) fn another_text(launcher: Launcher) {
     let own = format!("{}/$RANK", directory.display());
     let outcome = launcher.run(2, &line.replace(text.to_str().unwrap(), &own));
     assert_eq!(outcome.statuses(), ["1"; 2], "{}", outcome.stderr);
-    let expected = "the loader of rank 1 gives another item than that of rank 0";
+    let expected = "rank 1 has the text = ";
+    assert!(outcome.stderr.contains(expected), "{}", outcome.stderr);
+}
+
+pub(crate) fn missing_text(launcher: Launcher) {
+    let directory = workplace();
+    let directory = directory.path();
+    let text = directory.join("text.txt");
+    fs::copy(&text, directory.join("0")).unwrap();
+    let line = command(directory, "odd", &["--steps", "50"]).join(" ");
+    let own = format!("{}/$RANK", directory.display());
+    let outcome = launcher.run(2, &line.replace(text.to_str().unwrap(), &own));
+    assert_eq!(outcome.statuses(), ["1", "2"], "{}", outcome.stderr);
+    let expected = "rank 1 aborted: error: cannot read";
+    assert!(outcome.stderr.contains(expected), "{}", outcome.stderr);
+}
+
+/// No parameter, item or size tells what is dropped.
+pub(crate) fn another_dropout(launcher: Launcher) {
+    let directory = workplace();
+    let line = command(directory.path(), "odd", &["--steps", "50", "--dropout"]).join(" ");
+    let outcome = launcher.run(2, &(line + " 0.$RANK"));
+    assert_eq!(outcome.statuses(), ["1"; 2], "{}", outcome.stderr);
+    let expected = "rank 1 has --dropout = 0.1, rank 0 has 0";
     assert!(outcome.stderr.contains(expected), "{}", outcome.stderr);
 }
 

@@ -33,7 +33,7 @@ impl Announced {
             Order::Validate(item) => Some(Announced::Validate {
                 identity: item.identity(),
             }),
-            Order::Snapshot => None,
+            Order::Snapshot | Order::Abandon => None,
         }
     }
 

@@ -11,7 +11,7 @@ use burn::{
     train::{InferenceStep, Learner, LearnerModel, TrainStep},
 };
 
-use ring_comm::CommErrorKind;
+use ring_comm::{CommErrorKind, Communicator, buffer::HostBuffer};
 
 use super::{DataGroup, SequenceItem, order::Announced};
 use crate::{
@@ -45,6 +45,8 @@ pub(super) enum Order<M: LearnerModel> {
     Validate(<M as InferenceStep>::Input),
     /// Hand the learner over; of rank 0 alone.
     Snapshot,
+    /// Stop, and say nothing: the other processes have been told why.
+    Abandon,
 }
 
 /// What rank 0 answers.
@@ -115,7 +117,10 @@ where
     pub(super) fn run(mut self, device: &Device, orders: &Receiver<Order<M>>) {
         self.start(device);
         while let Ok(order) = orders.recv() {
-            if let Some(announced) = Announced::of(&order) {
+            // Only other processes need an item's identity, which may take long to compute.
+            if self.announces
+                && let Some(announced) = Announced::of(&order)
+            {
                 self.announce(announced);
             }
             match order {
@@ -123,19 +128,18 @@ where
                 Order::Train { item, update } => self.train(item, update),
                 Order::Validate(item) => self.validate(item),
                 Order::Snapshot => self.answer(Answer::Snapshot(Box::new(self.learner.clone()))),
+                Order::Abandon => return,
             }
         }
-        self.announce(Announced::End);
+        if self.announces {
+            self.announce(Announced::End);
+        }
     }
 
     fn announce(&self, announced: Announced) {
-        if self.announces {
-            announced
-                .send(&self.place.group.everyone)
-                .unwrap_or_else(|error| {
-                    panic!("the other ranks cannot be told what to do: {error}")
-                });
-        }
+        announced
+            .send(&self.place.group.everyone)
+            .unwrap_or_else(|error| panic!("the other ranks cannot be told what to do: {error}"));
     }
 
     /// Ranks whose parameters differ would train something else than the user's model.
@@ -264,6 +268,13 @@ where
             Answer::Validated(output) => Ok(output),
             _ => Err(RankGone),
         }
+    }
+
+    /// The training has failed outside of the ranks: those that are other processes must not take it for its end.
+    pub(super) fn abandon(&self, everyone: &Communicator<HostBuffer>, reason: &str) {
+        everyone.abort(reason);
+        // A rank that is gone has its own reason.
+        let _ = self.tell(|| Order::Abandon);
     }
 
     pub(super) fn snapshot(&self) -> Result<Learner<M>, RankGone> {

@@ -207,6 +207,18 @@ impl Args {
         Ok((placement, ranks / groups))
     }
 
+    /// What no rank can see of another while they train, or too late, but must be the same on all.
+    pub(crate) fn unseen(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("--data-parallel", self.data_parallel.to_string()),
+            ("--dropout", self.dropout.to_string()),
+            ("--steps", self.steps.to_string()),
+            ("--checkpoint-every", self.checkpoint_every.to_string()),
+            ("--resume", format!("{:?}", self.resume)),
+            ("--learning-rate", self.learning_rate.to_string()),
+        ]
+    }
+
     /// Checkpoint intervals in all; the last may be shorter.
     pub(crate) fn epochs(&self) -> usize {
         self.steps.div_ceil(self.checkpoint_every)

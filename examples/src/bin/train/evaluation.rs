@@ -23,6 +23,10 @@ pub(crate) fn bits_per_byte(
 ) -> Result<f64, String> {
     let score = |communicator: Communicator<HostBuffer>| {
         let ring = Ring::new(communicator, args.sharding, args.seq_length)
+            .and_then(|ring| match args.threads {
+                Some(threads) => ring.with_threads(threads),
+                None => Ok(ring),
+            })
             .map_err(|error| error.to_string())?;
         held_out_bits(&model.clone().valid(), text, &ring)
     };

@@ -61,6 +61,12 @@ struct Prepared {
 
 fn prepare(args: &Args) -> Result<Prepared, Failure> {
     args.check().map_err(Failure::Input)?;
+    // Before anything that may be wrong in one process alone: the others would wait for it until the deadline.
+    let (placement, ranks) = args.placement()?;
+    prepare_on(args, placement.clone(), ranks).inspect_err(|failure| placement.abort(failure))
+}
+
+fn prepare_on(args: &Args, placement: Placement, ranks: usize) -> Result<Prepared, Failure> {
     let text = Text::read(args.data.as_deref(), args.seq_length).map_err(Failure::Input)?;
     let device = Device::flex().autodiff();
     device.seed(args.seed);
@@ -71,7 +77,10 @@ fn prepare(args: &Args) -> Result<Prepared, Failure> {
     if let Some(epoch) = args.resume {
         check_checkpoint(args, epoch, &model).map_err(Failure::Input)?;
     }
-    let (placement, ranks) = args.placement()?;
+    let checksum = format!("{} bytes, {:016x}", text.bytes.len(), text.checksum());
+    let mut terms = args.unseen();
+    terms.push(("the text", checksum));
+    placement.agree("train", &terms)?;
     let strategy = strategy(args, &placement, ranks, &device).map_err(Failure::input)?;
     if placement.has_first_rank() {
         fs::create_dir_all(&args.artifacts).map_err(|error| {
