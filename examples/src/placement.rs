@@ -68,7 +68,8 @@ impl Placement {
             let ranks = wishes.ranks.unwrap_or(wishes.threads);
             return Ok(Self::threads(ranks, deadline));
         }
-        let processes = launch.world_size.value;
+        let communicator = Communicator::connect(kind, &launch).map_err(explain)?;
+        let processes = communicator.world_size();
         if let Some(ranks) = wishes.ranks
             && ranks != processes
         {
@@ -76,7 +77,6 @@ impl Placement {
                 "{ranks} ranks are asked for, but over {kind} each is a process, and {processes} were started"
             )));
         }
-        let communicator = Communicator::connect(kind, &launch).map_err(explain)?;
         Ok(Self {
             ranks: Ranks::Processes(communicator),
             transport: kind,

@@ -209,6 +209,8 @@ fn bad_input_is_one_line_and_status_2() {
         &["--data", "empty.txt"],
         &["--data", "."],
         &["--ranks", "0"],
+        &["--ranks", "1025"],
+        &["--ranks", "2", "--data-parallel", "9223372036854775808"],
         &["--steps", "0"],
         &["--seq-length", "0"],
         &["--seq-length", "100000000"],

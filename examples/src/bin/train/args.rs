@@ -12,6 +12,8 @@ use ring_examples::{
 
 /// Ranks of each group that are threads, if nobody says.
 const DEFAULT_RANKS: usize = 4;
+/// More are a mistake: each is a thread or a process.
+const MAX_RANKS: usize = 1024;
 
 /// Train a byte-level LongNet language model, its sequence sharded over several ranks.
 ///
@@ -156,6 +158,13 @@ impl Args {
             if value == 0 {
                 return Err(format!("{name} must be at least 1"));
             }
+        }
+        let ranks = self.ranks.unwrap_or(DEFAULT_RANKS);
+        if ranks
+            .checked_mul(self.data_parallel)
+            .is_none_or(|ranks| ranks > MAX_RANKS)
+        {
+            return Err(format!("more than {MAX_RANKS} ranks are a mistake"));
         }
         if self.batch < self.data_parallel {
             return Err(format!(
