@@ -11,23 +11,25 @@
 //!   yields its own buffer when the data has left. A receive lands in the memory that was brought for it, once what was on that memory's stream is
 //!   done. When it has been waited for, the contents are there for every stream.
 //! - No call waits for the GPU but those that wait for a message. When a group fails while something is on a stream, every rank
-//!   aborts its communicator; the next group makes a new one.
+//!   that has something there aborts its communicator at once, the others when the next group begins or when they leave; then comes a new one.
 //! - A rank is a process: NCCL reads and writes the memory of another rank of the same process directly, for which [`CudaBuffer`] is not
 //!   prepared.
 //! - Leaving takes all ranks, as with MPI: drop everything at about the same time.
 //!
 //! # What it needs
 //!
-//! To build: nothing. To run: CUDA's driver, and NCCL 2.18 or newer, found as `libnccl.so.2` or `libnccl.so` where the system looks for
+//! To build: nothing. To run: CUDA's driver, and NCCL 2.22 or newer, found as `libnccl.so.2` or `libnccl.so` where the system looks for
 //! libraries, or in the file that [`RING_NCCL_LIBRARY`](LIBRARY_VARIABLE) names (`nvidia/nccl/lib/libnccl.so.2` in the Python
 //! package `nvidia-nccl-cu12` or `nvidia-nccl-cu13`). All ranks must have the same version. What is missing is a [`NcclError`].
+//! `NCCL_COMM_BLOCKING` must not be set: with it no deadline holds.
 //!
 //! # Two ranks on one GPU
 //!
 //! NCCL refuses that by default. From 2.30 on it is possible with `NCCL_MULTI_RANK_GPU_ENABLE=1` in the environment of all ranks, each of
-//! which must be given the GPU's number. Older versions can be made to believe that the ranks are on different hosts
-//! with another `NCCL_HOSTID` for each; data goes through NCCL's network transport then. Both are for tests: kernels of ranks that wait for one
-//! another must be on the GPU at the same time, so nothing else may fill it.
+//! which must be given the GPU's number. Any version can be made to believe that the ranks are on different hosts
+//! with another `NCCL_HOSTID` for each; data goes through NCCL's network transport then, which finds no network on a machine that has
+//! only the loopback unless `NCCL_SOCKET_IFNAME=lo`. Both are for tests: kernels of processes that wait for one another take turns on the
+//! GPU, so it is slow, and hangs if there is no room for all of them (`NCCL_MAX_CTAS` makes them smaller).
 
 mod communicator;
 mod cuda;

@@ -149,14 +149,18 @@ impl Communicator {
         self.check("ncclCommFinalize", code)
     }
 
-    /// Frees a communicator that is finalised.
-    pub(super) fn destroy(self) {
-        // SAFETY: nobody has it after this. If it fails there is nothing left to do.
-        let _ = unsafe { (self.library.functions().destroy)(self.raw) };
+    /// Frees a communicator that is finalised, on a thread of its own: NCCL waits for the others on this machine to let go of it, without a
+    /// deadline. True when that is over.
+    pub(super) fn destroy(self, device: &CudaDevice) -> Arc<AtomicBool> {
+        self.end(device, Self::destroy_now)
     }
 
     /// Gives it up on a thread of its own, since that may take a while: what is on its stream ends. True when that is over.
     pub(super) fn abort(self, device: &CudaDevice) -> Arc<AtomicBool> {
+        self.end(device, Self::abort_now)
+    }
+
+    fn end(self, device: &CudaDevice, how: fn(&Self)) -> Arc<AtomicBool> {
         let is_over = Arc::new(AtomicBool::new(false));
         let place = Arc::new(Mutex::new(Some(self)));
         let run = {
@@ -165,17 +169,22 @@ impl Communicator {
             move || {
                 // Without it NCCL chooses the GPU itself.
                 let _ = device.keep_current();
-                abort_in(&place);
+                end_in(&place, how);
                 is_over.store(true, Ordering::Release);
             }
         };
-        let thread = thread::Builder::new().name("ring-nccl-abort".to_owned());
+        let thread = thread::Builder::new().name("ring-nccl-end".to_owned());
         if thread.spawn(run).is_err() {
             // So it must happen here.
-            abort_in(&place);
+            end_in(&place, how);
             is_over.store(true, Ordering::Release);
         }
         is_over
+    }
+
+    fn destroy_now(&self) {
+        // SAFETY: the communicator is there, and nobody uses it any more. If it fails there is nothing left to do.
+        let _ = unsafe { (self.library.functions().destroy)(self.raw) };
     }
 
     fn abort_now(&self) {
@@ -188,10 +197,10 @@ impl Communicator {
     }
 }
 
-fn abort_in(place: &Mutex<Option<Communicator>>) {
+fn end_in(place: &Mutex<Option<Communicator>>, how: fn(&Communicator)) {
     let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(communicator) = place.take() {
-        communicator.abort_now();
+        how(&communicator);
     }
 }
 

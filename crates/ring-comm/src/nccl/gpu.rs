@@ -36,12 +36,13 @@ const PAUSE: Duration = Duration::from_micros(200);
 /// A GPU with NCCL.
 pub(super) struct Gpu<M: DeviceMemory> {
     library: NcclLibrary,
-    device: CudaDevice,
-    allocator: M::Allocator,
-    stream: OwnStream,
     communicator: Option<Communicator>,
     progress: Progress<M>,
     finished: Option<Group<M>>,
+    allocator: M::Allocator,
+    stream: OwnStream,
+    /// Dropped last: with it the GPU's context may go, in which everything else is.
+    device: CudaDevice,
 }
 
 type Group<M> = Vec<Half<Handed<M>>>;
@@ -55,6 +56,7 @@ enum Progress<M: DeviceMemory> {
     Launching(Group<M>),
     /// It is on the stream, before the event.
     Running(Group<M>, Event),
+    /// The communicator is being aborted, or freed at the end.
     Aborting {
         is_over: Arc<AtomicBool>,
         /// Comes after all that was on the stream, once the abort is over.
@@ -195,8 +197,11 @@ impl<M: DeviceMemory> Gpu<M> {
         }
         match settled {
             Ok(true) => {
-                communicator.destroy();
-                self.progress = Progress::Unconnected;
+                self.progress = Progress::Aborting {
+                    is_over: communicator.destroy(&self.device),
+                    last: None,
+                    group: Vec::new(),
+                };
             }
             _ => {
                 self.communicator = Some(communicator);

@@ -10,8 +10,9 @@ use crate::{
 /// buffer over, so that what it puts on the stream afterwards, such as the computation that is to hide the transfer, is not waited for.
 #[derive(Debug)]
 pub(super) struct Handed<M: DeviceMemory> {
-    memory: M,
+    /// Dropped before the memory, which may keep the GPU's context.
     ready: Event,
+    memory: M,
 }
 
 impl<M: DeviceMemory> Handed<M> {

@@ -229,8 +229,9 @@ impl fmt::Debug for NcclLibrary {
 }
 
 impl Version {
-    /// The oldest version that will do: the first with configurations as they are now.
-    pub const OLDEST: Version = Version(21800);
+    /// The oldest version that will do: the first that works on all transfers of a group at once, wherever their peers are. (And before 2.19
+    /// an abort must be on the thread that began what it ends.)
+    pub const OLDEST: Version = Version(22200);
 
     /// The first version with several ranks on one GPU.
     pub const MULTI_RANK: Version = Version(23000);

@@ -156,7 +156,7 @@ mod tests {
         let error = verdict(versions).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "rank 2 has NCCL 2.30.0, rank 0 has 2.18.0"
+            "rank 2 has NCCL 2.30.0, rank 0 has 2.22.0"
         );
 
         let mut sizes = introductions();

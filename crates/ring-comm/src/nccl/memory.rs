@@ -19,8 +19,8 @@ use crate::{
 /// # Safety
 /// [`device_pointer`](Self::device_pointer) points to [`capacity`](Buffer::capacity) elements in memory of the GPU of the transport that
 /// carries the buffer. They stay there until the buffer is dropped, wherever the value is moved, and nobody else uses them while a transport
-/// has the buffer but what is on [`stream`](Self::stream) already. That stream belongs to the same GPU and is there for as long
-/// as the buffer. Dropping the buffer on any thread is sound once the GPU has done what a transport has put on streams.
+/// has the buffer but what is on [`stream`](Self::stream) already. That stream belongs to the primary context of
+/// the same GPU and is there for as long as the buffer. Dropping the buffer on any thread is sound once the GPU has done what a transport has put on streams.
 pub unsafe trait DeviceMemory: Buffer {
     /// Where memory comes from for a message whose receive has brought none.
     type Allocator: fmt::Debug + Send + 'static;

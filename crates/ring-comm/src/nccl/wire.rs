@@ -1,11 +1,13 @@
 //! NCCL as a [`Wire`](crate::remote::Wire): frames travel on another wire, data on a device's stream, in [one order](super::order).
 //!
 //! A transfer has its position when both ends are settled on it; then its halves wait until the device has finished the group before,
-//! and all that are certain by then make the next group. A shift round a ring is one group as a rule. Two limits apply
+//! and all that are certain by then make the next group. A shift round a ring is one group as a rule. These limits apply
 //! to a group:
 //!
 //! - It has at most [`LARGEST_GROUP`] halves, and at most one each way with each peer. NCCL works on so many at once; more would
 //!   wait for one another within the group.
+//! - In a world of more than [`LARGEST_GROUP`] ranks all its transfers go equally far round the ring of ranks. NCCL sorts transfers by that
+//!   distance, and those whose distances are not in the same eight may wait for one another, in an order that is not ours.
 //! - The first transfer of two ranks with a new communicator is a group of its own. NCCL connects the two with it, and before that does
 //!   nothing of a group; if there were others in it, their peers would wait for a rank that they have nothing to do with, and the
 //!   argument in [`order`](super::order) would not hold. Both ends know which transfer is the first: they agree on the order.

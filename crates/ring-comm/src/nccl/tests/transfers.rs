@@ -192,21 +192,40 @@ fn a_shift_is_one_group() {
 /// More than one group may hold, between the same ranks and between different ones.
 #[test]
 fn large_patterns_are_cut_into_groups() {
-    const PEERS: usize = 2 * LARGEST_GROUP;
-    let mut ranks = Ranks::new(PEERS + 1, usize::MAX, 0);
+    let peers = LARGEST_GROUP - 1;
+    let transfers: Vec<_> = (1..=peers)
+        .flat_map(|peer| [(0, peer, 1), (peer, 0, 1)])
+        .collect();
+    let ranks = exchange_thrice(LARGEST_GROUP, &transfers);
+    assert_eq!(ranks.sent[0].len(), 3 * peers);
+    assert_eq!(ranks.received[0].len(), 3 * peers);
+    assert_eq!(ranks.world.fabric.largest_group(), LARGEST_GROUP);
+}
+
+/// NCCL may let transfers of different distances wait for one another if there are many ranks.
+#[test]
+fn in_a_large_world_distances_do_not_mix() {
+    let world_size = 2 * LARGEST_GROUP + 1;
+    let scatter: Vec<_> = (1..world_size).map(|peer| (0, peer, 1)).collect();
+    let ranks = exchange_thrice(world_size, &scatter);
+    assert_eq!(ranks.sent[0].len(), 3 * scatter.len());
+    assert_eq!(ranks.world.fabric.largest_group(), 1);
+}
+
+/// The first time, all get connected; after that nothing moves until all is handed over.
+fn exchange_thrice(world_size: usize, transfers: &[(Rank, Rank, usize)]) -> Ranks {
+    let mut ranks = Ranks::new(world_size, usize::MAX, 0);
     for round in 0..3 {
-        for peer in 1..=PEERS {
-            let transfer = (0, peer, 1);
-            ranks.send(round * PEERS + peer, transfer);
-            ranks.receive(round * PEERS + peer, transfer);
+        for (number, &transfer) in transfers.iter().enumerate() {
+            ranks.send(round * transfers.len() + number, transfer);
+            ranks.receive(round * transfers.len() + number, transfer);
         }
         ranks.look_until_quiet();
         ranks.world.fabric.hold(true);
     }
     ranks.world.fabric.hold(false);
     ranks.look_until_quiet();
-    assert_eq!(ranks.sent[0].len(), 3 * PEERS);
-    assert_eq!(ranks.world.fabric.largest_group(), LARGEST_GROUP);
+    ranks
 }
 
 /// Rank 0 has sent, and NCCL has taken it, what rank 1 has promised to receive, when both hear that the group has failed.
