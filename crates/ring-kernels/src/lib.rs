@@ -62,8 +62,14 @@
 //! ```
 
 mod block;
+mod check;
 mod cpu;
 mod kernels;
+
+#[cfg(test)]
+mod judge;
+#[cfg(test)]
+mod oracle;
 
 pub use block::*;
 pub use cpu::{CpuKernels, INSTRUCTION_SET_VARIABLE, InstructionSet};
