@@ -33,7 +33,7 @@ pub(super) fn pack(
     table.place(VALUE, value.layout, value.offset)?;
     table.place(MESSAGE, &rows.layout, 0)?;
     let message = launcher.room(dtype, rows.len, reuse)?;
-    let records: Vec<_> = runs(rows)?.into_iter().map(|(record, _)| record).collect();
+    let records: Vec<_> = runs(rows)?.into_iter().map(|run| run.record).collect();
     for launch in
         launcher.elements_of_records(&table, &records, problem.batch, elements(problem.head_dim))?
     {
@@ -75,9 +75,9 @@ pub(super) fn add_rows(
     table.place(GRAD_VALUE, &own, 0)?;
     table.place(MESSAGE, &rows.layout, 0)?;
     let runs = runs(rows)?;
-    let sets = runs.iter().map(|&(_, (head, rows))| (head, rows));
+    let sets = runs.iter().map(|run| (run.head, run.rows));
     for wave in waves(problem.kv_heads, sets) {
-        let records: Vec<_> = wave.into_iter().map(|index| runs[index].0).collect();
+        let records: Vec<_> = wave.into_iter().map(|index| runs[index].record).collect();
         for launch in launcher.elements_of_records(
             &table,
             &records,
@@ -100,19 +100,30 @@ pub(super) fn add_rows(
     launcher.launched([grad_key, grad_value])
 }
 
-/// The records of all runs of all heads, with their heads and rows.
-fn runs(packed: &PackedRows) -> Result<Vec<(Record, (usize, Rows))>, KernelError> {
-    let mut records = Vec::new();
+/// A run of rows of one head.
+struct Run {
+    record: Record,
+    head: usize,
+    rows: Rows,
+}
+
+/// The runs of all heads.
+fn runs(packed: &PackedRows) -> Result<Vec<Run>, KernelError> {
+    let mut runs = Vec::new();
     for entry in &packed.rows {
         for &head in &entry.kv_heads {
             let mut first = 0;
-            for run in &entry.runs {
-                records.push((run_record(head, run, first)?, (head, *run)));
-                first += run.count;
+            for &rows in &entry.runs {
+                runs.push(Run {
+                    record: run_record(head, &rows, first)?,
+                    head,
+                    rows,
+                });
+                first += rows.count;
             }
         }
     }
-    Ok(records)
+    Ok(runs)
 }
 
 /// How many elements the rows of a record have.

@@ -38,7 +38,7 @@ fn share_a_row(a: &Rows, b: &Rows) -> bool {
     let step = |rows: &Rows| if rows.count > 1 { rows.row_step } else { 0 };
     match greatest_common_divisor(step(a), step(b)) {
         0 => true,
-        common => a.first_row.abs_diff(b.first_row) % common == 0,
+        common => a.first_row.abs_diff(b.first_row).is_multiple_of(common),
     }
 }
 
