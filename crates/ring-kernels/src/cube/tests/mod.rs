@@ -47,6 +47,14 @@ fn shared_rows_count_with_their_multiplicity() {
     check(&tangled(causal(problem(2, (2, 2), 16, (150, 140)))));
 }
 
+/// Cubes that wrote the same rows at the same time would lose what others add.
+#[test]
+fn blocks_that_write_the_same_rows_add_up() {
+    let problem = problem(1, (1, 1), 16, (64, 512));
+    let blocks = vec![(rows(0, 1, 64), rows(0, 1, 512)); 24];
+    check(&Case::new(problem, on_all_heads(&problem, &blocks)));
+}
+
 #[test]
 fn query_heads_of_a_group_share_their_keys() {
     let mut case = tangled(causal(problem(2, (6, 2), 16, (150, 140))));
