@@ -61,6 +61,8 @@ pub(crate) fn forward<F: Float>(
 
     let mut keys = Shared::<[f32]>::new_slice(comptime!(tile * head_dim));
     let mut values = Shared::<[f32]>::new_slice(comptime!(tile * head_dim));
+    let mut scores = Array::<f32>::new(tile);
+    let mut tile_output = Array::<f32>::new(head_dim);
     for t in 0..most.div_ceil(tile) {
         let start = t * tile;
         sync_cube();
@@ -76,26 +78,37 @@ pub(crate) fn forward<F: Float>(
         }
         sync_cube();
         let end = either(seen > start, least(seen - least(start, seen), tile), 0usize);
+        let mut new_max = own_max;
         for j in 0..end {
             let at = j * head_dim;
             let mut score = 0.0f32;
             for d in 0..head_dim {
                 score += own_query[d] * keys[at + d];
             }
-            if score > own_max {
-                let correction = (own_max - score).exp();
-                own_denominator *= correction;
-                for d in 0..head_dim {
-                    own_output[d] *= correction;
-                }
-                own_max = score;
-            }
-            let weight = (score - own_max).exp();
-            own_denominator += weight;
-            for d in 0..head_dim {
-                own_output[d] += weight * values[at + d];
+            scores[j] = score;
+            if score > new_max {
+                new_max = score;
             }
         }
+        // Sums of tiles are added, not single terms: errors grow with the number of tiles.
+        let mut tile_denominator = 0.0f32;
+        for d in 0..head_dim {
+            tile_output[d] = 0.0f32;
+        }
+        for j in 0..end {
+            let at = j * head_dim;
+            let weight = (scores[j] - new_max).exp();
+            tile_denominator += weight;
+            for d in 0..head_dim {
+                tile_output[d] += weight * values[at + d];
+            }
+        }
+        let correction = (own_max - new_max).exp();
+        own_denominator = own_denominator * correction + tile_denominator;
+        for d in 0..head_dim {
+            own_output[d] = own_output[d] * correction + tile_output[d];
+        }
+        own_max = new_max;
     }
 
     if active {

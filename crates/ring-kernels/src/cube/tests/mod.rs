@@ -11,9 +11,6 @@ use super::*;
 use crate::judge::*;
 use crate::*;
 
-/// Relative error of sums in f32.
-const TOLERANCE: f64 = 2e-5;
-
 /// Runs and compares with the oracle.
 #[track_caller]
 fn check(case: &Case) -> Computed {
