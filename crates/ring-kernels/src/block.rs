@@ -89,6 +89,14 @@ pub struct HeadBlocks {
     pub blocks: Vec<Block>,
 }
 
+/// The blocks of one key/value head.
+pub(crate) fn blocks_of(blocks: &[HeadBlocks], kv_head: usize) -> impl Iterator<Item = &Block> {
+    blocks
+        .iter()
+        .filter(move |entry| entry.kv_heads.contains(&kv_head))
+        .flat_map(|entry| &entry.blocks)
+}
+
 /// Where the rows of a `[batch, heads, rows, head_dim]` tensor lie in memory, in elements.
 ///
 /// Element `d` of row `n` of head `h` of batch `b` is at `b * batch_stride + head_base[h] + n * row_stride + d`.

@@ -62,9 +62,19 @@
 //! ```
 
 mod block;
+mod check;
 mod cpu;
+#[cfg(feature = "cube")]
+mod cube;
 mod kernels;
+
+#[cfg(test)]
+mod judge;
+#[cfg(test)]
+mod oracle;
 
 pub use block::*;
 pub use cpu::{CpuKernels, INSTRUCTION_SET_VARIABLE, InstructionSet};
+#[cfg(feature = "cube")]
+pub use cube::{CubeBuffer, CubeDevice, CubeKernels, CubeView};
 pub use kernels::*;

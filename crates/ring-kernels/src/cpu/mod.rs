@@ -23,8 +23,6 @@ mod threads;
 #[cfg(all(test, unix))]
 mod guard_pages;
 #[cfg(test)]
-mod oracle;
-#[cfg(test)]
 mod tests;
 
 use std::sync::Arc;

@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use super::scratch::QUERY_TILE;
-use crate::{Block, HeadBlocks, Mask, Rows};
+pub(super) use crate::block::blocks_of;
+use crate::{Mask, Rows};
 
 /// Rows `start..start + count` of `rows`.
 fn part(rows: &Rows, start: usize, count: usize) -> Rows {
@@ -71,14 +72,6 @@ pub(super) fn most_visible(mask: Mask, queries: &Rows, keys: &Rows) -> usize {
         0 => 0,
         count => visible(mask, queries.position(count - 1), keys),
     }
-}
-
-/// The blocks of one key/value head.
-pub(super) fn blocks_of(blocks: &[HeadBlocks], kv_head: usize) -> impl Iterator<Item = &Block> {
-    blocks
-        .iter()
-        .filter(move |entry| entry.kv_heads.contains(&kv_head))
-        .flat_map(|entry| &entry.blocks)
 }
 
 /// Rows of each range when `rows` rows are cut into at most `pieces` ranges of whole tiles.

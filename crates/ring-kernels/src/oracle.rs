@@ -3,21 +3,21 @@
 use crate::{HeadBlocks, Mask, Problem};
 
 /// Contiguous `[batch, heads, rows, head_dim]` tensors, and `[batch, query_heads, queries]` rows.
-pub(super) struct Inputs {
-    pub(super) query: Vec<f64>,
-    pub(super) key: Vec<f64>,
-    pub(super) value: Vec<f64>,
-    pub(super) grad_output: Vec<f64>,
-    pub(super) grad_log_sum_exp: Vec<f64>,
+pub(crate) struct Inputs {
+    pub(crate) query: Vec<f64>,
+    pub(crate) key: Vec<f64>,
+    pub(crate) value: Vec<f64>,
+    pub(crate) grad_output: Vec<f64>,
+    pub(crate) grad_log_sum_exp: Vec<f64>,
 }
 
 /// What attention gives back, forward and backward.
-pub(super) struct Answer {
-    pub(super) output: Vec<f64>,
-    pub(super) log_sum_exp: Vec<f64>,
-    pub(super) grad_query: Vec<f64>,
-    pub(super) grad_key: Vec<f64>,
-    pub(super) grad_value: Vec<f64>,
+pub(crate) struct Answer {
+    pub(crate) output: Vec<f64>,
+    pub(crate) log_sum_exp: Vec<f64>,
+    pub(crate) grad_query: Vec<f64>,
+    pub(crate) grad_key: Vec<f64>,
+    pub(crate) grad_value: Vec<f64>,
 }
 
 /// Every admitted pair of rows, as often as blocks admit it: `(query row, key row)` over all heads and batch entries.
@@ -66,7 +66,7 @@ fn add(target: &mut [f64], row: usize, factor: f64, term: &[f64]) {
 }
 
 /// Attention and its gradients. `output_scale` multiplies the output.
-pub(super) fn attention(
+pub(crate) fn attention(
     problem: &Problem,
     blocks: &[HeadBlocks],
     inputs: &Inputs,

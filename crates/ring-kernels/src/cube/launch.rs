@@ -1,0 +1,203 @@
+//! Launches within the limits of the device.
+
+use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
+use cubecl::server::Handle;
+use ring_comm::buffer::{Buffer, DType};
+
+use super::buffer::{CubeBuffer, CubeDevice, device_error};
+use super::table::{Record, Table};
+use crate::KernelError;
+
+/// Units of a cube, where the device allows so many.
+const UNITS: u32 = 64;
+
+/// Rows of a tile in shared memory, where the device has room for so many.
+const TILE: usize = 32;
+
+/// Buffers of the kernel that has most.
+const BINDINGS: u32 = 9;
+
+/// A device and what it can do.
+#[derive(Clone, Debug)]
+pub(super) struct Launcher {
+    pub(super) device: CubeDevice,
+    units: u32,
+    most_cubes: (u32, u32, u32),
+    shared_bytes: usize,
+}
+
+/// A launch: the table, its records and the cubes.
+pub(super) struct Launch {
+    pub(super) table: CubeTable,
+    pub(super) cubes: CubeCount,
+}
+
+/// A table in the memory of the device.
+pub(super) struct CubeTable {
+    handle: Handle,
+    len: usize,
+}
+
+impl CubeTable {
+    pub(super) fn argument(&self) -> BufferArg {
+        // SAFETY: the memory was made of `len` words.
+        unsafe { BufferArg::from_raw_parts(self.handle.clone(), self.len) }
+    }
+}
+
+impl Launcher {
+    pub(super) fn new(device: CubeDevice) -> Result<Self, KernelError> {
+        let hardware = &device.client().properties().hardware;
+        if hardware.max_bindings < BINDINGS {
+            return Err(KernelError::Device(format!(
+                "the device passes {} buffers to a kernel, {BINDINGS} are needed",
+                hardware.max_bindings
+            )));
+        }
+        let units = hardware.max_units_per_cube.min(hardware.max_cube_dim.0);
+        Ok(Self {
+            units: units.clamp(1, UNITS),
+            most_cubes: hardware.max_cube_count,
+            shared_bytes: hardware.max_shared_memory_size,
+            device,
+        })
+    }
+
+    /// Units of a cube.
+    pub(super) fn units(&self) -> usize {
+        self.units as usize
+    }
+
+    /// The dimensions of a cube.
+    pub(super) fn cube(&self) -> CubeDim {
+        CubeDim::new_1d(self.units)
+    }
+
+    /// Rows of a tile when each takes `numbers` f32 numbers of shared memory.
+    pub(super) fn tile(&self, numbers: usize) -> Result<usize, KernelError> {
+        let row = numbers.saturating_mul(size_of::<f32>());
+        match self.shared_bytes / row {
+            0 => Err(KernelError::Invalid(format!(
+                "a tile of one row takes {row} bytes of shared memory, the device has {}; the head size must be smaller",
+                self.shared_bytes
+            ))),
+            rows => Ok(rows.min(TILE)),
+        }
+    }
+
+    /// Cubes for so many elements: all the elements, or as many cubes as a launch may have.
+    pub(super) fn cubes_for_elements(&self, elements: usize) -> CubeCount {
+        CubeCount::new_1d(self.cubes_along_x(elements))
+    }
+
+    fn cubes_along_x(&self, elements: usize) -> u32 {
+        let cubes = elements.div_ceil(self.units());
+        u32::try_from(cubes).map_or(self.most_cubes.0, |cubes| cubes.min(self.most_cubes.0))
+    }
+
+    /// Launches that do `records` for `depth` batch entries (and heads of a group). Each row of a record has a unit of its own;
+    /// `rows` tells how many a record has.
+    pub(super) fn rows_of_records(
+        &self,
+        table: &Table,
+        records: &[Record],
+        depth: usize,
+        rows: impl Fn(&Record) -> u32,
+    ) -> Result<Vec<Launch>, KernelError> {
+        let most = records.iter().map(rows).max().unwrap_or(0);
+        let cubes = most.div_ceil(self.units);
+        if cubes > self.most_cubes.0 {
+            return Err(KernelError::Invalid(format!(
+                "a block of {most} rows takes {cubes} cubes, the device launches at most {}",
+                self.most_cubes.0
+            )));
+        }
+        self.launches(table, records, cubes, depth)
+    }
+
+    /// Launches that do `records` for `depth` batch entries, where units take any number of elements. `elements` tells how many
+    /// a record has.
+    pub(super) fn elements_of_records(
+        &self,
+        table: &Table,
+        records: &[Record],
+        depth: usize,
+        elements: impl Fn(&Record) -> usize,
+    ) -> Result<Vec<Launch>, KernelError> {
+        let most = records.iter().map(elements).max().unwrap_or(0);
+        self.launches(table, records, self.cubes_along_x(most), depth)
+    }
+
+    fn launches(
+        &self,
+        table: &Table,
+        records: &[Record],
+        x: u32,
+        depth: usize,
+    ) -> Result<Vec<Launch>, KernelError> {
+        let (_, most_y, most_z) = self.most_cubes;
+        let z = u32::try_from(depth).ok().filter(|&z| z <= most_z);
+        let Some(z) = z else {
+            return Err(KernelError::Invalid(format!(
+                "batch entries times query heads of a group are {depth}, the device launches at most {most_z} cubes along an axis"
+            )));
+        };
+        if x == 0 || z == 0 {
+            return Ok(Vec::new());
+        }
+        let launch = |records: &[Record]| {
+            Ok(Launch {
+                cubes: CubeCount::new_3d(x, records.len() as u32, z),
+                table: self.upload(&table.with(records)?),
+            })
+        };
+        records.chunks(most_y as usize).map(launch).collect()
+    }
+
+    /// A table without records, for kernels that work on elements.
+    pub(super) fn table(&self, table: &Table) -> Result<CubeTable, KernelError> {
+        Ok(self.upload(&table.with(&[])?))
+    }
+
+    fn upload(&self, words: &[u32]) -> CubeTable {
+        let client = self.device.client();
+        CubeTable {
+            handle: client.create_from_slice(bytemuck::cast_slice(words)),
+            len: words.len(),
+        }
+    }
+
+    /// A buffer as an argument of a kernel.
+    pub(super) fn argument(
+        &self,
+        what: &'static str,
+        buffer: &CubeBuffer,
+    ) -> Result<BufferArg, KernelError> {
+        if !buffer.is_of(&self.device) {
+            return Err(KernelError::Invalid(format!(
+                "{what} lies on another device"
+            )));
+        }
+        // SAFETY: a buffer's memory holds at least `len` elements of its type.
+        Ok(unsafe { BufferArg::from_raw_parts(buffer.handle().clone(), buffer.len()) })
+    }
+
+    /// Whether what was launched could be launched: kernels are compiled by now, not yet done.
+    pub(super) fn launched<'a>(
+        &self,
+        written: impl IntoIterator<Item = &'a CubeBuffer>,
+    ) -> Result<(), KernelError> {
+        let handles: Vec<&Handle> = written.into_iter().map(CubeBuffer::handle).collect();
+        self.device.client().check(handles).map_err(device_error)
+    }
+
+    /// `len` elements with arbitrary contents, in the memory of `reuse` where that serves.
+    pub(super) fn room(
+        &self,
+        dtype: DType,
+        len: usize,
+        reuse: Option<CubeBuffer>,
+    ) -> Result<CubeBuffer, KernelError> {
+        CubeBuffer::room(&self.device, dtype, len, reuse)
+    }
+}

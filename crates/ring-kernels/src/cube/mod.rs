@@ -1,0 +1,170 @@
+//! The kernels on devices that CubeCL drives.
+
+mod backward;
+mod buffer;
+mod device;
+mod elements;
+mod forward;
+mod launch;
+mod messages;
+mod source;
+mod table;
+mod waves;
+
+#[cfg(all(test, feature = "wgpu"))]
+mod tests;
+
+use ring_comm::buffer::{Buffer, DType};
+
+pub use self::buffer::{CubeBuffer, CubeDevice, CubeView};
+use self::launch::Launcher;
+use crate::{
+    BackwardInputs, ForwardState, HeadBlocks, KernelError, Kernels, KeyValue, KeyValueGradient,
+    PackedRows, Problem, Tensor,
+};
+
+/// Attention on a GPU, or whatever else CubeCL drives.
+///
+/// Queries, keys, values and output gradients are f32 or f16, or bf16 where the device keeps it in memory, all of one type;
+/// state, log-sum-exp and gradients are f32. Results are the same bits every time: each row is written by one unit of the
+/// device, nothing is added atomically.
+///
+/// A unit owns one row, against which a cube of units holds tiles of the other rows in shared memory. Matrix units are not
+/// used. Calls return when the device has been told what to do; the first call with a head size and an element type compiles.
+/// Rows and positions are counted in 32 bits, elements of a buffer in 31; what needs more is refused.
+///
+/// Key gradients in a [`KeyValueGradient::Slot`] must keep the rows of one head together, as [`PackedRows`] does.
+#[derive(Clone, Debug)]
+pub struct CubeKernels {
+    launcher: Launcher,
+}
+
+impl CubeKernels {
+    /// Kernels on a device.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`] if the device cannot pass enough buffers to a kernel.
+    pub fn new(device: CubeDevice) -> Result<Self, KernelError> {
+        Ok(Self {
+            launcher: Launcher::new(device)?,
+        })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &CubeDevice {
+        &self.launcher.device
+    }
+}
+
+impl Kernels<CubeBuffer> for CubeKernels {
+    fn allocate(
+        &self,
+        dtype: DType,
+        len: usize,
+        reuse: Option<CubeBuffer>,
+    ) -> Result<CubeBuffer, KernelError> {
+        elements::filled(&self.launcher, dtype, len, 0.0, reuse)
+    }
+
+    fn dtype(&self, view: CubeView<'_>) -> DType {
+        view.buffer.dtype()
+    }
+
+    fn pack(
+        &self,
+        problem: &Problem,
+        key: Tensor<'_, CubeBuffer>,
+        value: Tensor<'_, CubeBuffer>,
+        rows: &PackedRows,
+        reuse: Option<CubeBuffer>,
+    ) -> Result<CubeBuffer, KernelError> {
+        messages::pack(
+            &self.launcher,
+            problem,
+            key.into(),
+            value.into(),
+            rows,
+            reuse,
+        )
+    }
+
+    fn start(&self, problem: &Problem) -> Result<ForwardState<CubeBuffer>, KernelError> {
+        forward::start(&self.launcher, problem)
+    }
+
+    fn forward(
+        &self,
+        problem: &Problem,
+        query: Tensor<'_, CubeBuffer>,
+        key_value: &KeyValue<'_, CubeBuffer>,
+        blocks: &[HeadBlocks],
+        state: &mut ForwardState<CubeBuffer>,
+    ) -> Result<(), KernelError> {
+        forward::forward(&self.launcher, problem, query, key_value, blocks, state)
+    }
+
+    fn finish(
+        &self,
+        problem: &Problem,
+        state: ForwardState<CubeBuffer>,
+        dtype: DType,
+        output_scale: f32,
+    ) -> Result<(CubeBuffer, CubeBuffer), KernelError> {
+        forward::finish(&self.launcher, problem, state, dtype, output_scale)
+    }
+
+    fn delta(
+        &self,
+        problem: &Problem,
+        output: CubeView<'_>,
+        grad_output: Tensor<'_, CubeBuffer>,
+        log_sum_exp: CubeView<'_>,
+        grad_log_sum_exp: Option<CubeView<'_>>,
+    ) -> Result<CubeBuffer, KernelError> {
+        backward::delta(
+            &self.launcher,
+            problem,
+            output,
+            grad_output,
+            log_sum_exp,
+            grad_log_sum_exp,
+        )
+    }
+
+    fn backward(
+        &self,
+        problem: &Problem,
+        inputs: &BackwardInputs<'_, CubeBuffer>,
+        key_value: &KeyValue<'_, CubeBuffer>,
+        blocks: &[HeadBlocks],
+        output_scale: f32,
+        grad_query: &mut CubeBuffer,
+        grad_key_value: KeyValueGradient<'_, CubeBuffer>,
+    ) -> Result<(), KernelError> {
+        backward::backward(
+            &self.launcher,
+            problem,
+            inputs,
+            key_value,
+            blocks,
+            output_scale,
+            grad_query,
+            grad_key_value,
+        )
+    }
+
+    fn add_rows(
+        &self,
+        problem: &Problem,
+        slot: &CubeBuffer,
+        rows: &PackedRows,
+        grad_key: &mut CubeBuffer,
+        grad_value: &mut CubeBuffer,
+    ) -> Result<(), KernelError> {
+        messages::add_rows(&self.launcher, problem, slot, rows, grad_key, grad_value)
+    }
+
+    fn round(&self, buffer: CubeBuffer, dtype: DType) -> Result<CubeBuffer, KernelError> {
+        elements::round(&self.launcher, buffer, dtype)
+    }
+}

@@ -1,0 +1,279 @@
+//! Kernels of host memory that compute on the device, so that they can be judged as those of the CPU are.
+
+use std::sync::LazyLock;
+
+use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
+
+use super::super::{CubeBuffer, CubeDevice, CubeKernels};
+use crate::*;
+
+static DEVICE: LazyLock<CubeDevice> = LazyLock::new(|| {
+    let device = cubecl::Device::wgpu(cubecl::device::WgpuDeviceKind::Cpu)
+        .expect("an adapter of type CPU, such as Mesa's lavapipe");
+    CubeDevice::new(device.client())
+});
+
+/// The device that is a program on the CPU.
+pub(super) fn device() -> CubeDevice {
+    DEVICE.clone()
+}
+
+/// Elements behind the end of every buffer, all NaN: whatever reads there is found out.
+const BORDER: usize = 7;
+
+/// Copies arguments to the device and results back.
+pub(super) struct OnDevice {
+    kernels: CubeKernels,
+}
+
+impl OnDevice {
+    pub(super) fn new() -> Self {
+        Self {
+            kernels: CubeKernels::new(device()).unwrap(),
+        }
+    }
+
+    /// A copy on the device, with NaN behind its end.
+    fn up(&self, host: HostView<'_>) -> CubeBuffer {
+        let bordered = match host {
+            HostView::F32(values) => HostBuffer::F32([values, &[f32::NAN; BORDER]].concat()),
+            HostView::F16(values) => HostBuffer::F16([values, &[half::f16::NAN; BORDER]].concat()),
+            HostView::BF16(values) => {
+                HostBuffer::BF16([values, &[half::bf16::NAN; BORDER]].concat())
+            }
+        };
+        let device = self.kernels.device();
+        let memory = CubeBuffer::from_host(device, &bordered).unwrap();
+        CubeBuffer::from_handle(device, memory.handle().clone(), host.dtype(), host.len()).unwrap()
+    }
+
+    /// A copy on the host of what [`up`](Self::up) made, checked that its border was not written to.
+    fn down(&self, buffer: &CubeBuffer) -> Result<HostBuffer, KernelError> {
+        let (dtype, len) = (buffer.dtype(), buffer.len());
+        let handle = buffer.handle().clone();
+        let bordered = CubeBuffer::from_handle(self.kernels.device(), handle, dtype, len + BORDER)?;
+        let HostBuffer::F32(values) = bordered.to_host()? else {
+            panic!("only f32 buffers are added to");
+        };
+        assert!(
+            values[len..].iter().all(|x| x.is_nan()),
+            "written beyond the end"
+        );
+        buffer.to_host()
+    }
+
+    /// A state on the device.
+    fn state_up(&self, state: &ForwardState<HostBuffer>) -> ForwardState<CubeBuffer> {
+        ForwardState {
+            output: self.up(state.output.view()),
+            max: self.up(state.max.view()),
+            denominator: self.up(state.denominator.view()),
+        }
+    }
+}
+
+/// A tensor whose memory was copied to the device.
+fn tensor<'a>(buffer: &'a CubeBuffer, layout: &'a RowLayout) -> Tensor<'a, CubeBuffer> {
+    Tensor {
+        data: buffer.view(),
+        layout,
+    }
+}
+
+/// Keys and values on the device.
+enum Source {
+    Own(CubeBuffer, CubeBuffer),
+    Slot(CubeBuffer),
+}
+
+impl Source {
+    fn up(kernels: &OnDevice, source: &KeyValue<'_, HostBuffer>) -> Self {
+        match source {
+            KeyValue::Own { key, value } => Self::Own(kernels.up(key.data), kernels.up(value.data)),
+            KeyValue::Slot { slot, .. } => Self::Slot(kernels.up(slot.view())),
+        }
+    }
+
+    fn as_of<'a>(&'a self, source: &'a KeyValue<'_, HostBuffer>) -> KeyValue<'a, CubeBuffer> {
+        match (self, source) {
+            (Self::Own(keys, values), KeyValue::Own { key, value }) => KeyValue::Own {
+                key: tensor(keys, key.layout),
+                value: tensor(values, value.layout),
+            },
+            (Self::Slot(slot), KeyValue::Slot { layout, .. }) => KeyValue::Slot { slot, layout },
+            _ => unreachable!("made of the same source"),
+        }
+    }
+}
+
+impl Kernels<HostBuffer> for OnDevice {
+    fn allocate(
+        &self,
+        dtype: DType,
+        len: usize,
+        _reuse: Option<HostBuffer>,
+    ) -> Result<HostBuffer, KernelError> {
+        self.kernels.allocate(dtype, len, None)?.to_host()
+    }
+
+    fn dtype(&self, view: HostView<'_>) -> DType {
+        view.dtype()
+    }
+
+    fn pack(
+        &self,
+        problem: &Problem,
+        key: Tensor<'_, HostBuffer>,
+        value: Tensor<'_, HostBuffer>,
+        rows: &PackedRows,
+        _reuse: Option<HostBuffer>,
+    ) -> Result<HostBuffer, KernelError> {
+        let (keys, values) = (self.up(key.data), self.up(value.data));
+        let (keys, values) = (tensor(&keys, key.layout), tensor(&values, value.layout));
+        self.kernels
+            .pack(problem, keys, values, rows, None)?
+            .to_host()
+    }
+
+    fn start(&self, problem: &Problem) -> Result<ForwardState<HostBuffer>, KernelError> {
+        let state = self.kernels.start(problem)?;
+        Ok(ForwardState {
+            output: state.output.to_host()?,
+            max: state.max.to_host()?,
+            denominator: state.denominator.to_host()?,
+        })
+    }
+
+    fn forward(
+        &self,
+        problem: &Problem,
+        query: Tensor<'_, HostBuffer>,
+        key_value: &KeyValue<'_, HostBuffer>,
+        blocks: &[HeadBlocks],
+        state: &mut ForwardState<HostBuffer>,
+    ) -> Result<(), KernelError> {
+        let queries = self.up(query.data);
+        let source = Source::up(self, key_value);
+        let mut there = self.state_up(state);
+        let queries = tensor(&queries, query.layout);
+        let source = source.as_of(key_value);
+        self.kernels
+            .forward(problem, queries, &source, blocks, &mut there)?;
+        state.output = self.down(&there.output)?;
+        state.max = self.down(&there.max)?;
+        state.denominator = self.down(&there.denominator)?;
+        Ok(())
+    }
+
+    fn finish(
+        &self,
+        problem: &Problem,
+        state: ForwardState<HostBuffer>,
+        dtype: DType,
+        output_scale: f32,
+    ) -> Result<(HostBuffer, HostBuffer), KernelError> {
+        let there = self.state_up(&state);
+        let (output, log_sum_exp) = self.kernels.finish(problem, there, dtype, output_scale)?;
+        Ok((output.to_host()?, self.down(&log_sum_exp)?))
+    }
+
+    fn delta(
+        &self,
+        problem: &Problem,
+        output: HostView<'_>,
+        grad_output: Tensor<'_, HostBuffer>,
+        log_sum_exp: HostView<'_>,
+        grad_log_sum_exp: Option<HostView<'_>>,
+    ) -> Result<HostBuffer, KernelError> {
+        let (output, grad) = (self.up(output), self.up(grad_output.data));
+        let log_sum_exp = self.up(log_sum_exp);
+        let of_log_sum_exp = grad_log_sum_exp.map(|view| self.up(view));
+        self.kernels
+            .delta(
+                problem,
+                output.view(),
+                tensor(&grad, grad_output.layout),
+                log_sum_exp.view(),
+                of_log_sum_exp.as_ref().map(Buffer::view),
+            )?
+            .to_host()
+    }
+
+    fn backward(
+        &self,
+        problem: &Problem,
+        inputs: &BackwardInputs<'_, HostBuffer>,
+        key_value: &KeyValue<'_, HostBuffer>,
+        blocks: &[HeadBlocks],
+        output_scale: f32,
+        grad_query: &mut HostBuffer,
+        grad_key_value: KeyValueGradient<'_, HostBuffer>,
+    ) -> Result<(), KernelError> {
+        let (query, grad_output) = (inputs.query, inputs.grad_output);
+        let (queries, grads) = (self.up(query.data), self.up(grad_output.data));
+        let log_sum_exp = self.up(inputs.log_sum_exp);
+        let delta = self.up(inputs.delta.view());
+        let source = Source::up(self, key_value);
+        let there = BackwardInputs {
+            query: tensor(&queries, query.layout),
+            grad_output: tensor(&grads, grad_output.layout),
+            log_sum_exp: log_sum_exp.view(),
+            delta: &delta,
+        };
+        let source = source.as_of(key_value);
+        let mut to_query = self.up(grad_query.view());
+        let mut run = |gradient| {
+            let to_query = &mut to_query;
+            self.kernels.backward(
+                problem,
+                &there,
+                &source,
+                blocks,
+                output_scale,
+                to_query,
+                gradient,
+            )
+        };
+        match grad_key_value {
+            KeyValueGradient::Own { key, value } => {
+                let (mut to_key, mut to_value) = (self.up(key.view()), self.up(value.view()));
+                run(KeyValueGradient::Own {
+                    key: &mut to_key,
+                    value: &mut to_value,
+                })?;
+                (*key, *value) = (self.down(&to_key)?, self.down(&to_value)?);
+            }
+            KeyValueGradient::Slot { slot, layout } => {
+                let mut to_slot = self.up(slot.view());
+                run(KeyValueGradient::Slot {
+                    slot: &mut to_slot,
+                    layout,
+                })?;
+                *slot = self.down(&to_slot)?;
+            }
+        }
+        *grad_query = self.down(&to_query)?;
+        Ok(())
+    }
+
+    fn add_rows(
+        &self,
+        problem: &Problem,
+        slot: &HostBuffer,
+        rows: &PackedRows,
+        grad_key: &mut HostBuffer,
+        grad_value: &mut HostBuffer,
+    ) -> Result<(), KernelError> {
+        let slot = self.up(slot.view());
+        let (mut key, mut value) = (self.up(grad_key.view()), self.up(grad_value.view()));
+        self.kernels
+            .add_rows(problem, &slot, rows, &mut key, &mut value)?;
+        (*grad_key, *grad_value) = (self.down(&key)?, self.down(&value)?);
+        Ok(())
+    }
+
+    fn round(&self, buffer: HostBuffer, dtype: DType) -> Result<HostBuffer, KernelError> {
+        let buffer = self.up(buffer.view());
+        self.kernels.round(buffer, dtype)?.to_host()
+    }
+}

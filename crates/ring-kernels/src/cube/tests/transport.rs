@@ -1,0 +1,46 @@
+//! Buffers of the device between ranks, by way of host memory.
+
+use std::time::Duration;
+
+use ring_comm::buffer::{DType, HostBuffer};
+use ring_comm::{Expected, Loopback, Payload, Staged, Tag, Transport};
+
+use super::on_device::device;
+use crate::{CubeBuffer, CubeKernels, Kernels};
+
+const TAG: Tag = Tag::new(0, 0, Payload::KeyValue);
+
+/// Odd, so that messages of half-precision numbers are no whole number of words.
+const LEN: usize = 33;
+
+const EXPECTED: Expected = Expected {
+    dtype: DType::F16,
+    len: LEN,
+};
+
+#[test]
+fn what_a_kernel_has_just_computed_reaches_a_kernel_of_another_rank() {
+    let results = Loopback::run(2, Duration::from_secs(60), |endpoint| {
+        let staged = Staged::<CubeBuffer, _>::new(endpoint, device());
+        let kernels = CubeKernels::new(device()).unwrap();
+        let (rank, peer) = (staged.rank(), 1 - staged.rank());
+        let mut spare = None;
+        for shift in 0..10 {
+            let number = |rank: usize| (10 * rank + shift) as f32;
+            let own = HostBuffer::F32(vec![number(rank); LEN]);
+            let own = CubeBuffer::from_host(&device(), &own).unwrap();
+            let own = kernels.round(own, DType::F16).unwrap();
+            let receive = staged
+                .irecv_into(peer, TAG, EXPECTED, spare.take())
+                .unwrap();
+            let send = staged.isend(peer, TAG, own).unwrap();
+            let arrived = receive.wait().unwrap();
+            let expected = HostBuffer::F16(vec![half::f16::from_f32(number(peer)); LEN]);
+            assert_eq!(arrived.to_host().unwrap(), expected);
+            let zeros = kernels.allocate(DType::F16, LEN, Some(arrived)).unwrap();
+            assert_eq!(zeros.to_host().unwrap(), HostBuffer::zeros(DType::F16, LEN));
+            spare = send.wait().unwrap().or(Some(zeros));
+        }
+    });
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+}
