@@ -77,4 +77,7 @@ pub use block::*;
 pub use cpu::{CpuKernels, INSTRUCTION_SET_VARIABLE, InstructionSet};
 #[cfg(feature = "cube")]
 pub use cube::{CubeBuffer, CubeDevice, CubeKernels, CubeView};
+/// CubeCL, of the version whose clients [`CubeDevice`] takes.
+#[cfg(feature = "cube")]
+pub use cubecl;
 pub use kernels::*;
