@@ -6,6 +6,7 @@ use std::{
     net::TcpListener,
     path::Path,
     process::{Command, Stdio},
+    sync::Arc,
     time::Duration,
 };
 
@@ -100,8 +101,14 @@ fn perform(task: &str) -> Result<(), MeasureError> {
     let communicator = Communicator::connect(kind, &launch).map_err(|error| failed(&error))?;
     let is_first = communicator.rank() == 0;
     let line = match task {
-        Task::Overlap { .. } => serde_json::to_string(&overlap_times(task, &communicator)?),
-        Task::Ring { .. } => serde_json::to_string(&ring_seconds(task, &communicator)?),
+        Task::Overlap {
+            computation,
+            repetitions,
+        } => serde_json::to_string(&overlap_times(computation, repetitions, &communicator)?),
+        Task::Ring {
+            threads,
+            repetitions,
+        } => serde_json::to_string(&ring_seconds(threads, repetitions, &communicator)?),
     };
     if is_first {
         println!("{MEASURED}{}", line.map_err(|error| failed(&error))?);
@@ -110,16 +117,10 @@ fn perform(task: &str) -> Result<(), MeasureError> {
 }
 
 fn overlap_times(
-    task: Task,
+    computation: u64,
+    repetitions: usize,
     communicator: &Communicator<HostBuffer>,
 ) -> Result<Vec<Times>, MeasureError> {
-    let Task::Overlap {
-        computation,
-        repetitions,
-    } = task
-    else {
-        return Ok(Vec::new());
-    };
     Computation::lasting(Duration::from_millis(computation))
         .agreed(communicator)
         .and_then(|computation| overlap::measure(communicator, &computation, repetitions))
@@ -127,16 +128,10 @@ fn overlap_times(
 }
 
 fn ring_seconds(
-    task: Task,
+    threads: usize,
+    repetitions: usize,
     communicator: &Communicator<HostBuffer>,
 ) -> Result<Vec<f64>, MeasureError> {
-    let Task::Ring {
-        threads,
-        repetitions,
-    } = task
-    else {
-        return Ok(Vec::new());
-    };
     let shape = Shape {
         batch: 1,
         query_heads: 8,
@@ -173,15 +168,16 @@ impl Starter {
     /// # Errors
     /// [`MeasureError`] if they fail.
     pub fn overlap(self, computation: u64, repetitions: usize) -> Result<Vec<Times>, MeasureError> {
-        let task = Task::Overlap {
-            computation,
-            repetitions,
-        };
         if self != Starter::Loopback {
+            let task = Task::Overlap {
+                computation,
+                repetitions,
+            };
             return self.measure(2, task, None);
         }
         let results = Loopback::run(2, Duration::from_secs(60), |endpoint| {
-            overlap_times(task, &Communicator::new(std::sync::Arc::new(endpoint)))
+            let communicator = Communicator::new(Arc::new(endpoint));
+            overlap_times(computation, repetitions, &communicator)
         });
         let mut first = Vec::new();
         for result in results.into_iter().rev() {

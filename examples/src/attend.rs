@@ -42,7 +42,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         .map(OutputFile::create)
         .transpose()
         .inspect_err(tell)?;
-    let outcome = ranks::compute(options, &input, &placement)?;
+    let outcome = ranks::compute(options, &input, &placement).inspect_err(tell)?;
     let peak_rss_mb = measurement::peak_rss_mb(&placement)?;
     // The processes part here: none need wait until a large file is written.
     drop(placement);

@@ -13,6 +13,9 @@ use crate::command_line::Failure;
 /// Longest time a rank waits for another, unless the command line or `RING_DEADLINE_SECONDS` says otherwise.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(600);
 
+/// More ranks are a mistake: each is a thread or a process.
+pub const MAX_RANKS: usize = 1024;
+
 /// Who the ranks are.
 #[derive(Clone, Debug)]
 pub enum Ranks {

@@ -1,11 +1,13 @@
 //! Sums over ranks: gradients of parameters, losses.
 
+use std::hash::Hasher;
+
 use burn::{
     module::{Module, ModuleVisitor, Param},
     optim::GradientsParams,
     tensor::{DType, Tensor, TensorData},
 };
-use ring_comm::{Communicator, buffer::HostBuffer, collective};
+use ring_comm::{Communicator, buffer::HostBuffer, checksum::Fnv1a, collective};
 
 use crate::error::RingError;
 
@@ -100,18 +102,16 @@ impl ModuleVisitor for Unflatten<'_> {
 
 /// A checksum of every parameter, by which ranks can see that they hold the same model.
 pub fn parameter_checksum<M: Module>(model: &M) -> u64 {
-    let mut checksum = Checksum(0xcbf2_9ce4_8422_2325);
+    let mut checksum = Checksum(Fnv1a::default());
     model.visit(&mut checksum);
-    checksum.0
+    checksum.0.finish()
 }
 
-/// FNV-1a over the bytes of the parameters, in the order of the model.
-struct Checksum(u64);
+/// Over the bytes of the parameters, in the order of the model.
+struct Checksum(Fnv1a);
 
 impl ModuleVisitor for Checksum {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        for &byte in param.val().into_data().bytes().iter() {
-            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        }
+        self.0.write(param.val().into_data().bytes());
     }
 }

@@ -59,7 +59,7 @@ pub use gradient::{parameter_checksum, sum_gradients};
 pub use ring::Ring;
 pub use ring_comm::{
     CommError, Communicator, ConnectError, Loopback, Transport, TransportKind, buffer::HostBuffer,
-    collective, launch,
+    checksum::Fnv1a, collective, launch,
 };
 #[cfg(feature = "mpi")]
 pub use ring_comm::{Mpi, MpiError};

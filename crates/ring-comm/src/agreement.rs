@@ -68,16 +68,6 @@ pub(crate) fn first_disagreement(terms: &[Terms]) -> Option<Disagreement> {
     ranks.find_map(|(rank, theirs)| ours.disagreement(rank, theirs))
 }
 
-/// The 64-bit FNV-1a hash: the same on every machine and in every build, unlike the standard library's.
-/// It guards against mistakes, not against malice.
-pub(crate) fn fnv1a(bytes: &[u8]) -> u64 {
-    const OFFSET_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
-    const PRIME: u64 = 0x0000_0100_0000_01b3;
-    bytes.iter().fold(OFFSET_BASIS, |hash, &byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(PRIME)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -88,13 +78,6 @@ mod tests {
             .map(|&(name, value)| (name.to_owned(), value.to_owned()))
             .collect();
         Terms::new("forward", &fields)
-    }
-
-    #[test]
-    fn fnv1a_gives_the_published_values() {
-        assert_eq!(fnv1a(b""), 0xcbf2_9ce4_8422_2325);
-        assert_eq!(fnv1a(b"a"), 0xaf63_dc4c_8601_ec8c);
-        assert_eq!(fnv1a(b"foobar"), 0x8594_4171_f739_67e8);
     }
 
     #[test]

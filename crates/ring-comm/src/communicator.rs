@@ -18,8 +18,9 @@ use std::{
 };
 
 use crate::{
-    agreement::{Terms, first_disagreement, fnv1a},
+    agreement::{Terms, first_disagreement},
     buffer::Buffer,
+    checksum::Fnv1a,
     error::{CommError, CommErrorKind, Disagreement},
     loopback::Loopback,
     pool::BufferPool,
@@ -251,7 +252,7 @@ impl<B: Buffer> Communicator<B> {
     /// [`Transport::all_gather_bytes`].
     pub fn agree(&self, topic: &str, fields: &[(String, String)]) -> Result<(), CommError> {
         let terms = Terms::new(topic, fields).encode();
-        self.compare(&terms, fnv1a(&terms), 0).map(drop)
+        self.compare(&terms, Fnv1a::of(&terms), 0).map(drop)
     }
 
     /// As [`agree`](Self::agree), but does not communicate if the ranks have agreed on the very same recently
@@ -276,7 +277,7 @@ impl<B: Buffer> Communicator<B> {
         value: u64,
     ) -> Result<u64, CommError> {
         let terms = Terms::new(topic, fields).encode();
-        let hash = fnv1a(&terms);
+        let hash = Fnv1a::of(&terms);
         if let Some(known) = self.agreement(hash) {
             return Ok(known.largest);
         }
@@ -353,7 +354,7 @@ impl<B: Buffer> Communicator<B> {
 fn hash_and_value(bytes: &[u8]) -> (u64, u64) {
     match bytes.as_chunks() {
         ([hash, value], []) => (u64::from_le_bytes(*hash), u64::from_le_bytes(*value)),
-        _ => (fnv1a(bytes), 0),
+        _ => (Fnv1a::of(bytes), 0),
     }
 }
 
@@ -443,7 +444,7 @@ mod tests {
             .agree_once("forward", &fields(REMEMBERED_AGREEMENTS))
             .unwrap();
         assert_eq!(communicator.agreements().len(), REMEMBERED_AGREEMENTS);
-        let oldest = fnv1a(&Terms::new("forward", &fields(0)).encode());
+        let oldest = Fnv1a::of(&Terms::new("forward", &fields(0)).encode());
         assert!(communicator.agreement(oldest).is_none());
     }
 

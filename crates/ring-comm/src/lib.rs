@@ -18,6 +18,7 @@
 //! - [`Trace`]: who computed, sent and waited when, as a file to look at;
 //! - [`FlightRecorder`]: the last operations of a rank, part of every error;
 //! - [`collective`]: sums over ranks in a fixed order;
+//! - [`checksum`]: by which ranks see that they hold the same;
 //! - [`launch`]: where a process stands in its group, and how the ranks find one another;
 //! - [`CommError`]: who failed, with whom, about which message, and why.
 //!
@@ -73,6 +74,7 @@ mod agreement;
 mod attempt;
 mod backend;
 pub mod buffer;
+pub mod checksum;
 pub mod collective;
 mod communicator;
 pub mod conformance;

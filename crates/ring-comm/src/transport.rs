@@ -29,8 +29,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    agreement::fnv1a,
     buffer::{Buffer, DType},
+    checksum::Fnv1a,
     error::{CommError, CommErrorKind},
     loopback::{LoopbackRecv, LoopbackSend},
     recorder::{FlightRecord, FlightRecorder},
@@ -69,7 +69,7 @@ impl GroupId {
 
     /// The group that `operation` splits off for `color`.
     pub(crate) fn split_off(operation: u64, color: u64) -> Self {
-        Self(fnv1a(
+        Self(Fnv1a::of(
             [operation, color].map(u64::to_le_bytes).as_flattened(),
         ))
     }
@@ -78,7 +78,9 @@ impl GroupId {
     pub(crate) fn within(self, inner: Self) -> Self {
         match inner {
             Self::WHOLE => self,
-            Self(inner) => Self(fnv1a([self.0, inner].map(u64::to_le_bytes).as_flattened())),
+            Self(inner) => Self(Fnv1a::of(
+                [self.0, inner].map(u64::to_le_bytes).as_flattened(),
+            )),
         }
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! A kernel computes the attention of some query rows to some key rows, forward and backward, and adds it to running state.
 //! It knows nothing of ranks: which rows meet, and at which global positions they stand, is said by numbers. The seam to the
-//! devices is the trait [`Kernels`], generic in the kind of memory; [`CpuKernels`] implements it for host memory.
+//! devices is the trait [`Kernels`], generic in the kind of memory; [`CpuKernels`] implements it for host memory,
+//! and, with the feature `cube`, `CubeKernels` for that of GPUs.
 //!
 //! # Glossary
 //!

@@ -9,7 +9,9 @@ use burn::{
         metric::{Adaptor, LossInput},
     },
 };
-use ring_burn::{Communicator, DataGroup, HostBuffer, Ring, SequenceItem, collective, shard_slice};
+use ring_burn::{
+    Communicator, DataGroup, Fnv1a, HostBuffer, Ring, SequenceItem, collective, shard_slice,
+};
 
 use crate::language_model::{LongNet, next_token_loss};
 
@@ -123,27 +125,6 @@ impl SequenceItem for TokenWindows {
             hasher.write(&self.text[start..=start + self.length]);
         }
         hasher.finish()
-    }
-}
-
-/// FNV-1a: the same in every process and on every machine, which the standard library's hasher does not promise.
-struct Fnv1a(u64);
-
-impl Default for Fnv1a {
-    fn default() -> Self {
-        Self(0xcbf2_9ce4_8422_2325)
-    }
-}
-
-impl Hasher for Fnv1a {
-    fn write(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        }
-    }
-
-    fn finish(&self) -> u64 {
-        self.0
     }
 }
 

@@ -11,7 +11,7 @@ use crate::{
     command_line::Failure,
     length::parse_length,
     pattern_options::PatternOptions,
-    placement::{Placement, Wishes},
+    placement::{MAX_RANKS, Placement, Wishes},
 };
 
 /// Attention of tensors on disk, or of random ones, on one or more ranks.
@@ -248,9 +248,6 @@ pub(crate) fn parse_dtype(name: &str) -> Result<DType, String> {
         _ => Err("valid: f32, bf16, f16".to_string()),
     }
 }
-
-/// More loopback ranks than this are a mistake: each is a thread.
-const MAX_RANKS: usize = 1024;
 
 fn parse_ranks(text: &str) -> Result<usize, String> {
     in_range(text, MAX_RANKS)

@@ -7,13 +7,11 @@ use ring_burn::{Pattern, Sharding};
 use ring_comm::TransportKind;
 use ring_examples::{
     command_line::Failure,
-    placement::{Placement, Wishes},
+    placement::{MAX_RANKS, Placement, Wishes},
 };
 
 /// Ranks of each group that are threads, if nobody says.
 const DEFAULT_RANKS: usize = 4;
-/// More are a mistake: each is a thread or a process.
-const MAX_RANKS: usize = 1024;
 
 /// Train a byte-level LongNet language model, its sequence sharded over several ranks.
 ///

@@ -16,6 +16,7 @@ use burn::{
     },
     tensor::Device,
 };
+use ring_comm::checksum::Fnv1a;
 use ring_multihead::TokenWindows;
 
 use crate::args::Args;
@@ -63,13 +64,9 @@ impl Text {
         self.bytes.len() - self.split
     }
 
-    /// Tells texts apart, the same in every process (FNV-1a).
+    /// Tells texts apart, the same in every process.
     pub(crate) fn checksum(&self) -> u64 {
-        self.bytes
-            .iter()
-            .fold(0xcbf2_9ce4_8422_2325, |sum: u64, &byte| {
-                (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-            })
+        Fnv1a::of(&self.bytes)
     }
 }
 
