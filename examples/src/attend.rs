@@ -4,6 +4,7 @@
 //! processes, each take their rows of it and compute; the [`Outcome`] puts their results together, for a file or a line of
 //! measurements.
 
+mod computer;
 mod gather;
 mod input;
 mod measurement;
@@ -14,7 +15,7 @@ mod ranks;
 
 pub use input::Input;
 pub use measurement::{Measurement, Sizes, Times};
-pub use options::{Device, Options, RandomShape};
+pub use options::{Options, RandomShape};
 pub(crate) use options::{in_range, parse_dtype};
 pub use outcome::{GatheredTensor, Outcome, Pass};
 

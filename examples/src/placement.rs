@@ -49,6 +49,14 @@ pub struct Wishes {
     pub deadline: Option<Duration>,
 }
 
+/// What the launcher calls this process among those of its machine: which GPU is its.
+pub fn rank_on_this_machine() -> usize {
+    let launch = launch::from_env().ok();
+    launch
+        .and_then(|launch| launch.local_rank)
+        .map_or(0, |setting| setting.value)
+}
+
 impl Placement {
     /// Joins the group of the processes that were started together with this one, or makes one of threads.
     ///

@@ -9,17 +9,11 @@ use std::{
 };
 
 use clap::Parser;
-use golden_cases::{Case, RESULTS, SHARDINGS, TOLERANCE, distance, golden, path, read};
-use half::{bf16, f16};
-use ring_core::{
-    CommunicationEstimate, Plan,
-    oracle::{OracleInput, attention},
-};
+use golden_cases::{Case, RESULTS, ROUNDINGS, SHARDINGS, TOLERANCE, distance, golden, path, read};
+use ring_core::{CommunicationEstimate, Plan};
 use ring_examples::attend::{self, Input, Measurement, Options};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
-/// Rounds to a 16-bit type and back.
-type Rounding = fn(f32) -> f32;
 /// A tensor to be written.
 type NamedShape<'a> = (&'a str, &'a [usize]);
 
@@ -167,54 +161,13 @@ fn rows_beyond_the_sequence_and_empty_shards_are_no_trouble() {
 
 #[test]
 fn rounded_inputs_give_what_the_oracle_says_of_them() {
-    for name in [
-        "full_gqa_causal",
-        "dilated_1_2_4_causal",
-        "head_groups_causal",
-        "full_cross",
-    ] {
-        let case = Case::all()
-            .into_iter()
-            .find(|case| case.name == name)
-            .unwrap();
-        let rounded: [(&str, Rounding); 2] = [
-            ("bf16", |x| bf16::from_f32(x).to_f32()),
-            ("f16", |x| f16::from_f32(x).to_f32()),
-        ];
-        for (dtype, round) in rounded {
-            let file = case.file();
-            let mut arguments = vec!["attend", "--output", "none", "--input", path(&file)];
-            arguments.extend(case.options.iter().map(String::as_str));
-            let options = Options::try_parse_from(arguments).unwrap();
-            let spec = options
-                .spec(&Input::open(&options).unwrap(), options.ranks.unwrap_or(1))
-                .unwrap();
-            let tensors = read(&file);
-            let wide = |name: &str| -> Vec<f64> {
-                tensors[name].iter().map(|&x| f64::from(round(x))).collect()
-            };
-            let oracle = attention(
-                &spec,
-                OracleInput {
-                    query: &wide("q"),
-                    key: &wide("k"),
-                    value: &wide("v"),
-                    grad_output: Some(&wide("grad_out")),
-                    grad_log_sum_exp: None,
-                },
-            );
-            let narrow =
-                |values: &[f64]| -> Vec<f32> { values.iter().map(|&x| x as f32).collect() };
+    for case in Case::some_to_round() {
+        for (dtype, round) in ROUNDINGS {
+            let expected = case.oracle(round);
             for ranks in ["1", "3"] {
                 let got = case.compute(&["--dtype", dtype, "--ranks", ranks]);
-                for (name, expected) in [
-                    ("out", &oracle.output),
-                    ("lse", &oracle.log_sum_exp),
-                    ("grad_q", &oracle.grad_query),
-                    ("grad_k", &oracle.grad_key),
-                    ("grad_v", &oracle.grad_value),
-                ] {
-                    let distance = distance(&got[name], &narrow(expected));
+                for name in RESULTS {
+                    let distance = distance(&got[name], &expected[name]);
                     assert!(
                         distance <= 5e-3,
                         "{name} of {} in {dtype}: {distance:e}",

@@ -1,5 +1,7 @@
 //! The modules: [`RingAttention`] (full attention) and [`DilatedAttention`] (LongNet's).
 
+#[cfg(feature = "cube")]
+use burn::backend::DispatchDevice;
 use burn::{
     backend::Dispatch,
     config::Config,
@@ -272,7 +274,7 @@ impl Attention {
     ) -> Result<Job, RingError> {
         let named = [("query", query), ("key", key), ("value", value)];
         for (what, tensor) in named {
-            check_device(what, tensor)?;
+            check_device(what, tensor, &query.device())?;
         }
         if named
             .iter()
@@ -292,15 +294,32 @@ impl Attention {
     }
 }
 
-fn check_device(what: &'static str, tensor: &Tensor<4>) -> Result<(), RingError> {
+/// Tensors must be where there are kernels, and all in one place.
+fn check_device(what: &'static str, tensor: &Tensor<4>, of_query: &Device) -> Result<(), RingError> {
     let device = tensor.device();
-    if device.clone().inner() == Device::flex() {
-        return Ok(());
+    if !has_kernels(&device) {
+        return Err(RingError::Backend {
+            what,
+            device: format!("{device:?}"),
+        });
     }
-    Err(RingError::Backend {
-        what,
-        device: format!("{device:?}"),
-    })
+    if device != *of_query {
+        return Err(RingError::Device {
+            what,
+            got: format!("{device:?}"),
+            expected: format!("{of_query:?}"),
+        });
+    }
+    Ok(())
+}
+
+fn has_kernels(device: &Device) -> bool {
+    let device = device.clone().inner();
+    #[cfg(feature = "cube")]
+    if matches!(device.as_dispatch(), DispatchDevice::Cube(_)) {
+        return true;
+    }
+    device == Device::flex()
 }
 
 fn element_type(named: &[(&'static str, &Tensor<4>); 3]) -> Result<buffer::DType, RingError> {

@@ -18,13 +18,24 @@ pub enum RingError {
     },
     /// A tensor is on a backend that has no kernels here.
     #[error(
-        "ring attention runs on Burn's Flex backend (`Device::flex()`, with or without autodiff); {what} is on {device}"
+        "ring attention runs on Burn's Flex backend (`Device::flex()`) and, built with the feature of one of them, on its GPU backends \
+         (`cuda`, `rocm`, `metal`, `vulkan`, `wgpu`), with or without autodiff; {what} is on {device}"
     )]
     Backend {
         /// Which tensor.
         what: &'static str,
         /// Where it is.
         device: String,
+    },
+    /// Tensors on different devices.
+    #[error("{what} is on {got}, query on {expected}; query, key and value must be on one device")]
+    Device {
+        /// Which tensor.
+        what: &'static str,
+        /// Where it is.
+        got: String,
+        /// Where the query is.
+        expected: String,
     },
     /// Tensors of different element types, or of one that has no kernels.
     #[error("{what} is {got}; query, key and value must be of one type: f32, f16 or bf16")]

@@ -9,8 +9,14 @@ use std::{
 use ring_comm::{Communicator, buffer::HostBuffer};
 use ring_core::{AttentionSpec, Plan, Sharding, Span};
 use ring_kernels::CpuKernels;
+#[cfg(feature = "cube")]
+use ring_kernels::{CubeBuffer, CubeDevice, CubeKernels, KernelError, cubecl::client::Client};
 
 use crate::error::RingError;
+#[cfg(feature = "cube")]
+use crate::op::Site;
+#[cfg(feature = "cube")]
+use std::sync::MutexGuard;
 
 /// Plans kept for reuse.
 const CACHED_PLANS: usize = 32;
@@ -35,10 +41,16 @@ pub struct Ring {
     seed: u64,
     first_batch_entry: usize,
     plans: Arc<Mutex<Vec<Arc<Plan>>>>,
+    /// Kernels and communicators for the GPUs that tensors were found on.
+    #[cfg(feature = "cube")]
+    devices: Arc<Mutex<Vec<Site<CubeBuffer, CubeKernels>>>>,
 }
 
 impl Ring {
     /// This rank's place in a group, for self-attention over `sequence_length` positions.
+    ///
+    /// Tensors decide where attention is computed. For tensors on a GPU messages are copied to host memory and back, so that
+    /// any communicator serves.
     ///
     /// The kernels get this process's cores divided by the number of ranks on its machine, at least one thread; see
     /// [`with_threads`](Self::with_threads).
@@ -62,6 +74,8 @@ impl Ring {
             seed: 0,
             first_batch_entry: 0,
             plans: Arc::default(),
+            #[cfg(feature = "cube")]
+            devices: Arc::default(),
         })
     }
 
@@ -194,6 +208,69 @@ impl Ring {
     pub fn key_shard_len(&self) -> usize {
         self.key_sharding
             .shard_len(self.key_length, self.world_size(), self.rank())
+    }
+
+    /// The same place, with a communicator of its own for tensors on `device`: over NCCL, say, which moves them directly.
+    ///
+    /// # Errors
+    /// [`RingError::Value`] if it is for another rank or another number of ranks, [`RingError::Kernel`] for a device that
+    /// cannot run the kernels.
+    #[cfg(feature = "cube")]
+    pub fn with_device_communicator(
+        self,
+        device: CubeDevice,
+        communicator: Communicator<CubeBuffer>,
+    ) -> Result<Self, RingError> {
+        let place = (communicator.rank(), communicator.world_size());
+        if place != (self.rank(), self.world_size()) {
+            return Err(RingError::Value(format!(
+                "the communicator of the device is rank {} of {}, that of the host is rank {} of {}",
+                place.0,
+                place.1,
+                self.rank(),
+                self.world_size()
+            )));
+        }
+        let id = device.client().service_id();
+        let site = Site {
+            kernels: CubeKernels::new(device)?,
+            communicator,
+        };
+        let mut devices = self.devices().clone();
+        devices.retain(|site| site.kernels.device().client().service_id() != id);
+        devices.push(site);
+        Ok(Self {
+            devices: Arc::new(Mutex::new(devices)),
+            ..self
+        })
+    }
+
+    #[cfg(feature = "cube")]
+    fn devices(&self) -> MutexGuard<'_, Vec<Site<CubeBuffer, CubeKernels>>> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Kernels and communicator for tensors of a GPU.
+    #[cfg(feature = "cube")]
+    pub(crate) fn on_device(
+        &self,
+        client: &Client,
+    ) -> Result<Site<CubeBuffer, CubeKernels>, KernelError> {
+        let mut devices = self.devices();
+        let id = client.service_id();
+        let known = devices
+            .iter()
+            .find(|site| site.kernels.device().client().service_id() == id);
+        if let Some(site) = known {
+            return Ok(site.clone());
+        }
+        let device = CubeDevice::new(client.clone());
+        let site = Site {
+            kernels: CubeKernels::new(device.clone())?,
+            communicator: self.communicator.staged(device),
+        };
+        devices.push(site.clone());
+        Ok(site)
     }
 
     /// Ends the group because this rank cannot go on: its peers must not wait for it. Alone, nothing is lost by an error.

@@ -116,7 +116,8 @@ pub struct RingStrategy {
     ranks: Ranks,
     groups: usize,
     sharding: Sharding,
-    device: Device,
+    /// What ranks that are threads take in turn; at least one.
+    devices: Vec<Device>,
     threads_per_rank: Option<usize>,
 }
 
@@ -174,15 +175,12 @@ impl RingStrategy {
     }
 
     fn over(ranks: Ranks, sharding: Sharding, device: Device) -> Result<Self, RingError> {
-        if !device.is_autodiff() {
-            let message = "training needs an autodiff device: Device::flex().autodiff()";
-            return Err(RingError::Value(message.into()));
-        }
+        check_autodiff(&device)?;
         Ok(Self {
             ranks,
             groups: 1,
             sharding,
-            device,
+            devices: vec![device],
             threads_per_rank: None,
         })
     }
@@ -216,6 +214,23 @@ impl RingStrategy {
             *deadline = longest;
         }
         self
+    }
+
+    /// Other devices, which ranks that are threads take in turn: one GPU for each, say. A rank that is a process takes the first.
+    ///
+    /// # Errors
+    /// [`RingError::Value`] for no devices, or one without autodiff.
+    pub fn with_devices(self, devices: Vec<Device>) -> Result<Self, RingError> {
+        if devices.is_empty() {
+            return Err(RingError::Value("training needs a device".into()));
+        }
+        devices.iter().try_for_each(check_autodiff)?;
+        Ok(Self { devices, ..self })
+    }
+
+    /// The device of this process's rank number `index`.
+    fn device(&self, index: usize) -> &Device {
+        &self.devices[index % self.devices.len()]
     }
 
     /// Kernel threads of each rank, instead of the cores divided by the ranks of this machine.
@@ -313,9 +328,10 @@ where
         starting_epoch: usize,
     ) -> (M, SupervisedTrainingEventProcessor<M>) {
         // Parameters are drawn when first used: here, once, not on every rank anew.
-        learner.fork(&self.device);
-        let train = train.to_device(&self.device);
-        let valid = valid.to_device(&self.device.clone().inner());
+        let device = self.device(0);
+        learner.fork(device);
+        let train = train.to_device(device);
+        let valid = valid.to_device(&device.clone().inner());
         let interrupter = components.interrupter.clone();
         let (model, failures, processor) = match self.led() {
             Some(everyone) => {
@@ -378,7 +394,7 @@ impl RingStrategy {
         thread::scope(|scope| {
             let mut orders = Vec::new();
             let mut threads = Vec::new();
-            for everyone in self.own_ranks() {
+            for (index, everyone) in self.own_ranks().into_iter().enumerate() {
                 let (order, incoming) = sync_channel(1);
                 orders.push(order);
                 let rank = everyone.rank();
@@ -392,7 +408,7 @@ impl RingStrategy {
                         if let Some(answers) = answers {
                             worker = worker.leading(answers, self.announces());
                         }
-                        worker.run(&self.device, &incoming);
+                        worker.run(self.device(index), &incoming);
                     })
                     .err()
                 };
@@ -458,13 +474,21 @@ impl RingStrategy {
                 train,
                 valid,
             };
-            follower.run(&self.device)
+            follower.run(self.device(0))
         });
         match trained {
             Ok(learner) => (learner.model(), None),
             Err(message) => (untrained.model(), Some(failure(everyone.rank(), message))),
         }
     }
+}
+
+fn check_autodiff(device: &Device) -> Result<(), RingError> {
+    if device.is_autodiff() {
+        return Ok(());
+    }
+    let message = "training needs an autodiff device: Device::flex().autodiff(), say";
+    Err(RingError::Value(message.into()))
 }
 
 fn failure(rank: usize, message: String) -> WorkerFailure {

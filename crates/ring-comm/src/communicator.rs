@@ -19,12 +19,13 @@ use std::{
 
 use crate::{
     agreement::{Terms, first_disagreement},
-    buffer::Buffer,
+    buffer::{Buffer, HostBuffer},
     checksum::Fnv1a,
     error::{CommError, CommErrorKind, Disagreement},
     loopback::Loopback,
     pool::BufferPool,
     recorder::FlightRecord,
+    staged::{Staged, Staging},
     subgroup::SubGroup,
     trace::{Activity, Details, RankTrace, Trace},
     transport::{GroupId, Rank, Traffic, Transport},
@@ -45,10 +46,16 @@ pub struct Communicator<B: Buffer> {
 
 struct Shared<B: Buffer> {
     transport: Arc<dyn Transport<B>>,
+    order: Arc<Order>,
+    buffers: BufferPool<B>,
+}
+
+/// What keeps the ranks in step, whatever the buffers are.
+#[derive(Default)]
+struct Order {
     next_operation: AtomicU64,
     /// The latest agreements, oldest first.
     agreements: Mutex<VecDeque<Agreement>>,
-    buffers: BufferPool<B>,
 }
 
 /// The hash of the terms, and the largest of the values that came with them.
@@ -72,7 +79,7 @@ impl<B: Buffer> fmt::Debug for Communicator<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Communicator")
             .field("transport", &self.shared.transport)
-            .field("next_operation", &self.shared.next_operation)
+            .field("next_operation", &self.shared.order.next_operation)
             .finish_non_exhaustive()
     }
 }
@@ -86,8 +93,7 @@ impl<B: Buffer> Communicator<B> {
             ranks_on_this_machine: transport.world_size(),
             shared: Arc::new(Shared {
                 transport,
-                next_operation: AtomicU64::new(0),
-                agreements: Mutex::new(VecDeque::new()),
+                order: Arc::default(),
                 buffers: BufferPool::default(),
             }),
         }
@@ -167,7 +173,7 @@ impl<B: Buffer> Communicator<B> {
 
     /// Takes the number of the next operation.
     pub fn next_operation(&self) -> u64 {
-        self.shared.next_operation.fetch_add(1, Ordering::Relaxed)
+        self.shared.order.next_operation.fetch_add(1, Ordering::Relaxed)
     }
 
     /// What this rank has sent and received so far.
@@ -204,7 +210,7 @@ impl<B: Buffer> Communicator<B> {
     /// As [`all_gather_bytes`](Self::all_gather_bytes).
     pub fn split(&self, color: Option<u64>, key: i64) -> Result<Option<Self>, CommError> {
         let place = Place { color, key };
-        let operation = self.shared.next_operation.load(Ordering::Relaxed);
+        let operation = self.shared.order.next_operation.load(Ordering::Relaxed);
         let places = self.all_gather_bytes("split", &place.encode())?;
         let places: Vec<Place> = places.iter().map(|bytes| Place::decode(bytes)).collect();
         let Some(color) = color else { return Ok(None) };
@@ -344,9 +350,28 @@ impl<B: Buffer> Communicator<B> {
 
     fn agreements(&self) -> MutexGuard<'_, VecDeque<Agreement>> {
         self.shared
+            .order
             .agreements
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Communicator<HostBuffer> {
+    /// The same group for buffers of a device, whose messages are copied to host memory and from there ([`Staged`]).
+    ///
+    /// Both count the same operations, so they may be used in turn; ranks whose buffers lie elsewhere do so in the same order.
+    pub fn staged<B: Staging>(&self, device: B::Device) -> Communicator<B> {
+        let staged = Staged::new(Arc::clone(&self.shared.transport), device);
+        Communicator {
+            shared: Arc::new(Shared {
+                transport: Arc::new(staged),
+                order: Arc::clone(&self.shared.order),
+                buffers: BufferPool::default(),
+            }),
+            trace: self.trace.clone(),
+            ranks_on_this_machine: self.ranks_on_this_machine,
+        }
     }
 }
 
@@ -408,7 +433,6 @@ fn split_label(labelled: Vec<u8>) -> (String, Vec<u8>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::buffer::HostBuffer;
 
     fn fields(value: usize) -> Vec<(String, String)> {
         vec![("value".to_owned(), value.to_string())]

@@ -43,19 +43,19 @@ pub trait Staging: Buffer {
 ///
 /// A send yields its own buffer; a receive uses the memory it brings. What passes through on the host is kept for the next messages. If
 /// a copy fails the group is poisoned.
-pub struct Staged<B: Staging, T> {
-    shared: Arc<Shared<T>>,
+pub struct Staged<B: Staging> {
+    shared: Arc<Shared>,
     device: Arc<B::Device>,
     buffers: PhantomData<fn() -> B>,
 }
 
 /// What an endpoint shares with its requests.
-struct Shared<T> {
-    transport: T,
+struct Shared {
+    transport: Arc<dyn Transport<HostBuffer>>,
     host: BufferPool<HostBuffer>,
 }
 
-impl<B: Staging, T: Transport<HostBuffer>> fmt::Debug for Staged<B, T> {
+impl<B: Staging> fmt::Debug for Staged<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Staged")
             .field("transport", &self.shared.transport)
@@ -64,9 +64,9 @@ impl<B: Staging, T: Transport<HostBuffer>> fmt::Debug for Staged<B, T> {
     }
 }
 
-impl<B: Staging, T: Transport<HostBuffer> + 'static> Staged<B, T> {
+impl<B: Staging> Staged<B> {
     /// Carries buffers of `device` over `transport`.
-    pub fn new(transport: T, device: B::Device) -> Self {
+    pub fn new(transport: Arc<dyn Transport<HostBuffer>>, device: B::Device) -> Self {
         Self {
             shared: Arc::new(Shared {
                 transport,
@@ -77,12 +77,12 @@ impl<B: Staging, T: Transport<HostBuffer> + 'static> Staged<B, T> {
         }
     }
 
-    fn transport(&self) -> &T {
-        &self.shared.transport
+    fn transport(&self) -> &dyn Transport<HostBuffer> {
+        self.shared.transport.as_ref()
     }
 }
 
-impl<T: Transport<HostBuffer>> Shared<T> {
+impl Shared {
     /// Host memory for a message, with arbitrary contents.
     fn host_memory(&self, expected: Expected) -> HostBuffer {
         let memory = self.host.take(expected.dtype, expected.len);
@@ -100,7 +100,7 @@ impl<T: Transport<HostBuffer>> Shared<T> {
     }
 }
 
-impl<B: Staging, T: Transport<HostBuffer> + 'static> Transport<B> for Staged<B, T> {
+impl<B: Staging> Transport<B> for Staged<B> {
     fn rank(&self) -> Rank {
         self.transport().rank()
     }
@@ -182,13 +182,13 @@ impl<B: Staging, T: Transport<HostBuffer> + 'static> Transport<B> for Staged<B, 
 }
 
 /// A send whose contents have been copied.
-struct StagedSend<B: Buffer, T> {
+struct StagedSend<B: Buffer> {
     request: SendRequest<HostBuffer>,
     buffer: B,
-    shared: Arc<Shared<T>>,
+    shared: Arc<Shared>,
 }
 
-impl<B: Buffer, T: Transport<HostBuffer>> PendingSend<B> for StagedSend<B, T> {
+impl<B: Buffer> PendingSend<B> for StagedSend<B> {
     fn wait(self: Box<Self>) -> Result<Option<B>, CommError> {
         if let Some(host) = self.request.wait()? {
             self.shared.host.give(host);
@@ -198,14 +198,14 @@ impl<B: Buffer, T: Transport<HostBuffer>> PendingSend<B> for StagedSend<B, T> {
 }
 
 /// A receive whose contents will be copied when it is waited for.
-struct StagedReceive<B: Staging, T> {
+struct StagedReceive<B: Staging> {
     request: RecvRequest<HostBuffer>,
     memory: Option<B>,
     device: Arc<B::Device>,
-    shared: Arc<Shared<T>>,
+    shared: Arc<Shared>,
 }
 
-impl<B: Staging, T: Transport<HostBuffer>> PendingRecv<B> for StagedReceive<B, T> {
+impl<B: Staging> PendingRecv<B> for StagedReceive<B> {
     fn wait(self: Box<Self>) -> Result<B, CommError> {
         let host = self.request.wait()?;
         let copied = B::copy_from_host(&self.device, &host, self.memory);
@@ -214,13 +214,13 @@ impl<B: Staging, T: Transport<HostBuffer>> PendingRecv<B> for StagedReceive<B, T
     }
 }
 
-impl<B: Buffer, T> fmt::Debug for StagedSend<B, T> {
+impl<B: Buffer> fmt::Debug for StagedSend<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("StagedSend").field(&self.request).finish()
     }
 }
 
-impl<B: Staging, T> fmt::Debug for StagedReceive<B, T> {
+impl<B: Staging> fmt::Debug for StagedReceive<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("StagedReceive").field(&self.request).finish()
     }

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use half::f16;
 use ring_comm::{
-    Communicator, Loopback, Staged,
+    Communicator, Loopback,
     buffer::{Buffer, DType, HostBuffer},
 };
 use ring_core::{AttentionSpec, Inputs, Pattern, Plan, Saved, Shape, Sharding, backward, forward};
@@ -115,8 +115,7 @@ fn on_cpu(spec: &AttentionSpec) -> Vec<Vec<HostBuffer>> {
 
 fn on_device(spec: &AttentionSpec, device: &CubeDevice) -> Vec<Vec<HostBuffer>> {
     let results = Loopback::run(RANKS, DEADLINE, |endpoint| {
-        let staged = Staged::<CubeBuffer, _>::new(endpoint, device.clone());
-        let communicator = Communicator::new(Arc::new(staged));
+        let communicator = Communicator::new(Arc::new(endpoint)).staged(device.clone());
         let kernels = CubeKernels::new(device.clone()).unwrap();
         let up = |host: HostBuffer| CubeBuffer::from_host(device, &host).unwrap();
         run(&kernels, &communicator, spec, up, |buffer| {

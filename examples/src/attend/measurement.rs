@@ -107,7 +107,7 @@ impl Measurement {
             scale: spec.scale,
             dtype: spec.dtype.to_string(),
             transport: outcome.transport().to_string(),
-            device: "cpu".to_string(),
+            device: options.device.to_string(),
             seed: options.random.map(|_| options.seed),
         }
     }

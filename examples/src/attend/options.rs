@@ -9,6 +9,7 @@ use ring_core::{AttentionSpec, Shape, Sharding};
 use super::Input;
 use crate::{
     command_line::Failure,
+    device::Device,
     length::parse_length,
     pattern_options::PatternOptions,
     placement::{MAX_RANKS, Placement, Wishes},
@@ -74,8 +75,9 @@ pub struct Options {
     #[arg(long, help_heading = "Ranks", value_name = "TRANSPORT")]
     pub transport: Option<TransportKind>,
 
-    /// What computes: cpu.
-    #[arg(long, help_heading = "Ranks", default_value = "cpu")]
+    /// What computes: cpu; or a GPU by cuda, rocm, metal, vulkan or wgpu, whichever are compiled in. A number may follow (cuda:1);
+    /// without one, the ranks of a machine take its CUDA or ROCm GPUs in turn. wgpu:cpu is a GPU in software.
+    #[arg(long, help_heading = "Ranks", default_value_t = Device::Cpu)]
     pub device: Device,
 
     /// Longest time a rank waits for another, in seconds; then the program fails instead of hanging [default:
@@ -125,26 +127,13 @@ pub struct RandomShape {
     pub length: usize,
 }
 
-/// What computes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Device {
-    /// This machine's processor.
-    Cpu,
-    /// Anything else, by its name.
-    Other(String),
-}
-
 impl Options {
     /// Refuses what does not exist and what contradicts itself.
     ///
     /// # Errors
     /// [`Failure::Unsupported`], [`Failure::Input`].
     pub fn check(&self) -> Result<(), Failure> {
-        if let Device::Other(name) = &self.device {
-            return Err(Failure::Unsupported(format!(
-                "--device {name} is not supported yet; use cpu"
-            )));
-        }
+        self.device.check()?;
         self.pattern.pattern()?;
         match (&self.input, self.random, &self.output) {
             (None, None, _) => Err(Failure::Input(
@@ -224,17 +213,6 @@ impl FromStr for RandomShape {
                 head_dim,
             },
             length,
-        })
-    }
-}
-
-impl FromStr for Device {
-    type Err = std::convert::Infallible;
-
-    fn from_str(name: &str) -> Result<Self, Self::Err> {
-        Ok(match name {
-            "cpu" => Device::Cpu,
-            other => Device::Other(other.to_string()),
         })
     }
 }

@@ -6,7 +6,7 @@ use ring_comm::{
     TransportKind,
     buffer::{DType, HostBuffer},
 };
-use ring_core::{AttentionSpec, Gradients, Output, Sharding};
+use ring_core::{AttentionSpec, Sharding};
 use safetensors::{Dtype, View};
 use serde::{Deserialize, Serialize};
 
@@ -40,17 +40,6 @@ pub(super) struct Results {
 }
 
 impl Results {
-    pub(super) fn new(
-        output: Output<HostBuffer>,
-        gradients: Option<Gradients<HostBuffer>>,
-    ) -> Self {
-        Self {
-            output: output.output,
-            log_sum_exp: output.log_sum_exp,
-            gradients: gradients.map(|gradients| [gradients.query, gradients.key, gradients.value]),
-        }
-    }
-
     fn gradient(&self, index: usize) -> Option<&HostBuffer> {
         self.gradients.as_ref().map(|gradients| &gradients[index])
     }

@@ -14,10 +14,13 @@ use ring_comm::{
 use ring_core::{
     AttentionSpec, Error, Gradients, Inputs, Output, Plan, Saved, Span, backward, forward,
 };
-use ring_kernels::{CpuKernels, RowLayout, Tensor};
+#[cfg(feature = "cube")]
+use ring_kernels::{CubeDevice, CubeKernels};
+use ring_kernels::{CpuKernels, KernelError, RowLayout, Tensor};
 
 use super::{
     Input, Options, Outcome, Pass,
+    computer::Computer,
     gather::gather,
     input::InputTensor,
     outcome::{RankOutcome, Results},
@@ -26,6 +29,8 @@ use crate::{
     command_line::Failure,
     placement::{Placement, Ranks},
 };
+#[cfg(feature = "cube")]
+use crate::placement;
 
 /// A rank that failed by itself or heard of another's failure.
 pub(super) enum RankError {
@@ -94,52 +99,75 @@ fn run_rank(
     communicator: &Communicator<HostBuffer>,
     start: Option<Instant>,
 ) -> Result<RankOutcome, RankError> {
-    let result = RankRun::new(options, input, spec, communicator, start)
-        .and_then(|run| run.repetitions(options));
+    let result = run_rank_on_device(options, input, spec, communicator, start);
     if let Err(RankError::Tensor(reason)) = &result {
         communicator.abort(reason);
     }
     result
 }
 
+fn run_rank_on_device(
+    options: &Options,
+    input: &Input,
+    spec: &AttentionSpec,
+    communicator: &Communicator<HostBuffer>,
+    start: Option<Instant>,
+) -> Result<RankOutcome, RankError> {
+    #[cfg(feature = "cube")]
+    {
+        // Processes of several machines: their launcher says which of its machine's ranks each is.
+        let number = match start {
+            Some(_) => communicator.rank(),
+            None => placement::rank_on_this_machine(),
+        };
+        let device = options.device.of_rank(number);
+        let device = device.map_err(|failure| RankError::Tensor(failure.to_string()))?;
+        if let Some(device) = device {
+            let kernels = CubeKernels::new(CubeDevice::new(device.client()))?;
+            let run = RankRun::new(&kernels, input, spec, communicator, start)?;
+            return run.repetitions(options);
+        }
+    }
+    let kernels = CpuKernels::new(options.threads)?;
+    RankRun::new(&kernels, input, spec, communicator, start)?.repetitions(options)
+}
+
 /// One rank's tensors and means.
-struct RankRun<'a> {
-    communicator: &'a Communicator<HostBuffer>,
-    kernels: CpuKernels,
+struct RankRun<'a, C: Computer> {
+    computer: &'a C,
+    communicator: Communicator<C::Buffer>,
     plan: Plan,
-    query: HostBuffer,
-    key: HostBuffer,
-    value: HostBuffer,
-    grad_output: Option<HostBuffer>,
+    query: C::Buffer,
+    key: C::Buffer,
+    value: C::Buffer,
+    grad_output: Option<C::Buffer>,
     query_layout: RowLayout,
     key_layout: RowLayout,
     start: Option<Instant>,
 }
 
-impl<'a> RankRun<'a> {
+impl<'a, C: Computer> RankRun<'a, C> {
     fn new(
-        options: &Options,
+        computer: &'a C,
         input: &Input,
         spec: &AttentionSpec,
-        communicator: &'a Communicator<HostBuffer>,
+        communicator: &Communicator<HostBuffer>,
         start: Option<Instant>,
     ) -> Result<Self, RankError> {
         let rank = communicator.rank();
-        let kernels = CpuKernels::new(options.threads)
-            .map_err(|error| RankError::Tensor(error.to_string()))?;
         let plan = Plan::new(spec, rank)?;
         let problem = plan.problem();
         let ranks = spec.world_size;
         let queries = spec.query_sharding.spans(spec.query_length, ranks, rank);
         let keys = spec.key_sharding.spans(spec.key_length, ranks, rank);
         let shard = |tensor, spans: &[Span]| {
-            input
-                .shard(tensor, spans, spec.dtype)
-                .map_err(RankError::Tensor)
+            let host = input.shard(tensor, spans, spec.dtype);
+            let host = host.map_err(RankError::Tensor)?;
+            computer.upload(host).map_err(RankError::from)
         };
         Ok(Self {
-            communicator,
-            kernels,
+            computer,
+            communicator: computer.communicator(communicator),
             query: shard(InputTensor::Query, &queries)?,
             key: shard(InputTensor::Key, &keys)?,
             value: shard(InputTensor::Value, &keys)?,
@@ -182,18 +210,40 @@ impl<'a> RankRun<'a> {
                 outcome.backward.extend(backward_pass);
             }
             if options.random.is_none() || options.output.is_some() {
-                outcome.results = Some(Results::new(output, gradients));
+                outcome.results = Some(self.download(output, gradients)?);
             }
         }
         Ok(outcome)
     }
 
+    fn download(
+        &self,
+        output: Output<C::Buffer>,
+        gradients: Option<Gradients<C::Buffer>>,
+    ) -> Result<Results, RankError> {
+        let download = |buffer| self.computer.download(buffer);
+        let gradients = match gradients {
+            None => None,
+            Some(gradients) => Some([
+                download(gradients.query)?,
+                download(gradients.key)?,
+                download(gradients.value)?,
+            ]),
+        };
+        Ok(Results {
+            output: download(output.output)?,
+            log_sum_exp: download(output.log_sum_exp)?,
+            gradients,
+        })
+    }
+
     /// Times a pass that all ranks begin together.
     fn timed<T>(&self, pass: impl FnOnce() -> Result<T, Error>) -> Result<(T, Pass), RankError> {
-        barrier(self.communicator).map_err(RankError::from)?;
+        barrier(&self.communicator).map_err(RankError::from)?;
         let before = self.communicator.traffic().bytes_received;
         let started = Instant::now();
         let result = pass()?;
+        self.computer.finish()?;
         let ended = Instant::now();
         let bytes_received = self.communicator.traffic().bytes_received - before;
         let origin = self.start.unwrap_or(started);
@@ -205,7 +255,7 @@ impl<'a> RankRun<'a> {
         Ok((result, pass))
     }
 
-    fn inputs(&self) -> Inputs<'_, HostBuffer> {
+    fn inputs(&self) -> Inputs<'_, C::Buffer> {
         Inputs {
             query: Tensor {
                 data: self.query.view(),
@@ -222,15 +272,16 @@ impl<'a> RankRun<'a> {
         }
     }
 
-    fn forward(&self) -> Result<Output<HostBuffer>, Error> {
-        forward(&self.kernels, self.communicator, &self.plan, self.inputs())
+    fn forward(&self) -> Result<Output<C::Buffer>, Error> {
+        let kernels = self.computer.kernels();
+        forward(kernels, &self.communicator, &self.plan, self.inputs())
     }
 
     fn backward(
         &self,
-        output: &Output<HostBuffer>,
-        grad_output: &HostBuffer,
-    ) -> Result<Gradients<HostBuffer>, Error> {
+        output: &Output<C::Buffer>,
+        grad_output: &C::Buffer,
+    ) -> Result<Gradients<C::Buffer>, Error> {
         let saved = Saved {
             operation: output.operation,
             output: output.output.view(),
@@ -242,8 +293,8 @@ impl<'a> RankRun<'a> {
             grad_log_sum_exp: None,
         };
         backward(
-            &self.kernels,
-            self.communicator,
+            self.computer.kernels(),
+            &self.communicator,
             &self.plan,
             self.inputs(),
             saved,
@@ -291,6 +342,12 @@ impl RankError {
             }
             RankError::Attention(error) => failure(rank, error),
         }
+    }
+}
+
+impl From<KernelError> for RankError {
+    fn from(error: KernelError) -> Self {
+        RankError::Tensor(error.to_string())
     }
 }
 

@@ -9,8 +9,10 @@ use std::{
 };
 
 use clap::Parser;
+use half::{bf16, f16};
+use ring_core::oracle::{OracleInput, attention};
 use ring_examples::{
-    attend::{self, Options, Outcome},
+    attend::{self, Input, Options, Outcome},
     placement::Placement,
 };
 use safetensors::{Dtype, SafeTensors};
@@ -22,6 +24,13 @@ pub(crate) const TOLERANCE: f64 = 2e-5;
 pub(crate) const RESULTS: [&str; 5] = ["out", "lse", "grad_q", "grad_k", "grad_v"];
 /// Shardings that golden numbers are tested with.
 pub(crate) const SHARDINGS: [&str; 3] = ["contiguous", "zigzag", "striped:5"];
+/// Rounds to a 16-bit type and back.
+pub(crate) type Rounding = fn(f32) -> f32;
+/// The types that inputs may be rounded to.
+pub(crate) const ROUNDINGS: [(&str, Rounding); 2] = [
+    ("bf16", |x| bf16::from_f32(x).to_f32()),
+    ("f16", |x| f16::from_f32(x).to_f32()),
+];
 /// Options of features that do not exist yet.
 const NOT_YET: [&str; 3] = ["--window", "--document-lengths", "--softcap"];
 
@@ -39,6 +48,51 @@ impl Case {
     pub(crate) fn all() -> Vec<Self> {
         let text = fs::read_to_string(golden("index.json")).unwrap();
         serde_json::from_str(&text).unwrap()
+    }
+
+    /// Some that differ much from one another.
+    pub(crate) fn some_to_round() -> Vec<Self> {
+        const NAMES: [&str; 4] = [
+            "full_gqa_causal",
+            "dilated_1_2_4_causal",
+            "head_groups_causal",
+            "full_cross",
+        ];
+        let mut cases = Self::all();
+        cases.retain(|case| NAMES.contains(&case.name.as_str()));
+        assert_eq!(cases.len(), NAMES.len());
+        cases
+    }
+
+    /// What the oracle says of its input, rounded.
+    pub(crate) fn oracle(&self, round: Rounding) -> BTreeMap<&'static str, Vec<f32>> {
+        let options = self.request(&[]);
+        let input = Input::open(&options).unwrap();
+        let spec = options.spec(&input, options.ranks.unwrap_or(1)).unwrap();
+        let tensors = read(&self.file());
+        let wide = |name: &str| -> Vec<f64> {
+            let rounded = |&x: &f32| f64::from(round(x));
+            tensors[name].iter().map(rounded).collect()
+        };
+        let results = attention(
+            &spec,
+            OracleInput {
+                query: &wide("q"),
+                key: &wide("k"),
+                value: &wide("v"),
+                grad_output: Some(&wide("grad_out")),
+                grad_log_sum_exp: None,
+            },
+        );
+        let values = [
+            results.output,
+            results.log_sum_exp,
+            results.grad_query,
+            results.grad_key,
+            results.grad_value,
+        ];
+        let narrow = |values: Vec<f64>| values.into_iter().map(|x| x as f32).collect();
+        RESULTS.into_iter().zip(values.map(narrow)).collect()
     }
 
     /// Its input and its results.

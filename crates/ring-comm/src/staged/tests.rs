@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::*;
 use crate::{
     buffer::{DType, HostView},
+    communicator::Communicator,
     conformance::{self, Backend, Hosted, RankBody, Staging as Common},
-    loopback::{Loopback, LoopbackEndpoint, RankPanic},
+    loopback::{Loopback, RankPanic},
     transport::Payload,
 };
 
@@ -95,7 +96,7 @@ fn refuse(host: &HostBuffer) -> Result<(), &'static str> {
     }
 }
 
-type Endpoint = Staged<DeviceBuffer, LoopbackEndpoint<HostBuffer>>;
+type Endpoint = Staged<DeviceBuffer>;
 
 /// Loopback for host memory, for devices, for host memory again.
 struct StagedLoopback;
@@ -104,7 +105,7 @@ impl Backend for StagedLoopback {
     fn run(&self, world_size: usize, deadline: Duration, body: &RankBody<'_>) -> Vec<RankPanic> {
         let run = |endpoint| {
             let device = Arc::new(Device::default());
-            let staged = Endpoint::new(endpoint, Arc::clone(&device));
+            let staged = Endpoint::new(Arc::new(endpoint), Arc::clone(&device));
             body(Arc::new(Hosted::new(staged, device)));
         };
         let results = Loopback::run(world_size, deadline, run);
@@ -138,7 +139,7 @@ fn every_message_is_copied_once_each_way_and_nothing_is_allocated_twice() {
     const SHIFTS: usize = 20;
     let results = Loopback::run(2, Duration::from_secs(30), |endpoint| {
         let device = Arc::new(Device::default());
-        let staged = Endpoint::new(endpoint, Arc::clone(&device));
+        let staged = Endpoint::new(Arc::new(endpoint), Arc::clone(&device));
         let (rank, peer) = (staged.rank(), 1 - staged.rank());
         let zeros = HostBuffer::zeros(DType::F32, LEN);
         let new = |host: &HostBuffer| DeviceBuffer::copy_from_host(&device, host, None).unwrap();
@@ -170,7 +171,7 @@ fn every_message_is_copied_once_each_way_and_nothing_is_allocated_twice() {
 fn a_copy_that_fails_poisons_the_group() {
     let results = Loopback::run(2, Duration::from_secs(30), |endpoint| {
         let device = Arc::new(Device::default());
-        let staged = Endpoint::new(endpoint, Arc::clone(&device));
+        let staged = Endpoint::new(Arc::new(endpoint), Arc::clone(&device));
         if staged.rank() == 1 {
             let received = staged
                 .irecv(0, TAG, EXPECTED)
@@ -189,5 +190,30 @@ fn a_copy_that_fails_poisons_the_group() {
             "{error}"
         );
         assert!(error.history().is_some());
+    }
+}
+
+/// Ranks of which one has its buffers on a device and the other in host memory are in step, whichever of its communicators they use.
+#[test]
+fn host_and_device_communicators_of_a_group_count_together() {
+    let results = Loopback::run(2, Duration::from_secs(30), |endpoint| {
+        let host = Communicator::new(Arc::new(endpoint));
+        let device = Arc::new(Device::default());
+        let staged = host.staged::<DeviceBuffer>(Arc::clone(&device));
+        let fields = [("answer".to_owned(), "42".to_owned())];
+        let mut operations = vec![host.next_operation(), staged.next_operation()];
+        if host.rank() == 0 {
+            staged.agree_once("a question", &fields).unwrap();
+        } else {
+            host.agree_once("a question", &fields).unwrap();
+        }
+        // Known to both by now: no messages.
+        host.agree_once("a question", &fields).unwrap();
+        staged.agree_once("a question", &fields).unwrap();
+        operations.push(host.next_operation());
+        operations
+    });
+    for result in results {
+        assert_eq!(result.unwrap(), [0, 1, 3]);
     }
 }

@@ -35,6 +35,14 @@ impl CubeDevice {
         &self.client
     }
 
+    /// Returns when the device has done what it was told on this thread.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`] if the device failed.
+    pub fn synchronise(&self) -> Result<(), KernelError> {
+        cubecl::future::block_on(self.client.sync()).map_err(device_error)
+    }
+
     /// CubeCL's name of an element type.
     ///
     /// # Errors

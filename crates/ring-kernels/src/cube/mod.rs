@@ -7,6 +7,8 @@ mod elements;
 mod forward;
 mod launch;
 mod messages;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod source;
 mod table;
 mod waves;

@@ -7,6 +7,7 @@ use ring_burn::{Pattern, Sharding};
 use ring_comm::TransportKind;
 use ring_examples::{
     command_line::Failure,
+    device::Device,
     placement::{MAX_RANKS, Placement, Wishes},
 };
 
@@ -37,6 +38,11 @@ pub(crate) struct Args {
     /// to meet, by torchrun say), mpi (processes under mpirun or srun), nccl [default: loopback, or what fits how the process was started]
     #[arg(long)]
     pub(crate) transport: Option<TransportKind>,
+
+    /// What computes: cpu; or a GPU by cuda, rocm, metal, vulkan or wgpu, whichever are compiled in. A number may follow (cuda:1);
+    /// without one, the ranks of a machine take its CUDA or ROCm GPUs in turn. wgpu:cpu is a GPU in software
+    #[arg(long, default_value_t = Device::Cpu)]
+    pub(crate) device: Device,
 
     /// Who owns which positions: contiguous, zigzag, striped, striped:CHUNK_SIZE
     #[arg(long, default_value = "zigzag")]

@@ -33,7 +33,7 @@ use burn::{
 use ring_burn::{RingError, RingStrategy};
 use ring_examples::{
     command_line::{self, Failure},
-    placement::{Placement, Ranks},
+    placement::{self, Placement, Ranks},
 };
 use ring_multihead::{LongNet, LongNetConfig};
 
@@ -68,7 +68,8 @@ fn prepare(args: &Args) -> Result<Prepared, Failure> {
 
 fn prepare_on(args: &Args, placement: Placement, ranks: usize) -> Result<Prepared, Failure> {
     let text = Text::read(args.data.as_deref(), args.seq_length).map_err(Failure::Input)?;
-    let device = Device::flex().autodiff();
+    let devices = devices(args, &placement)?;
+    let device = devices[0].clone();
     device.seed(args.seed);
     let model = model_config(args)
         .try_init(&device)
@@ -81,7 +82,7 @@ fn prepare_on(args: &Args, placement: Placement, ranks: usize) -> Result<Prepare
     let mut terms = args.unseen();
     terms.push(("the text", checksum));
     placement.agree("train", &terms)?;
-    let strategy = strategy(args, &placement, ranks, &device).map_err(Failure::input)?;
+    let strategy = strategy(args, &placement, ranks, devices).map_err(Failure::input)?;
     if placement.has_first_rank() {
         fs::create_dir_all(&args.artifacts).map_err(|error| {
             Failure::Input(format!("cannot make {}: {error}", args.artifacts.display()))
@@ -97,13 +98,37 @@ fn prepare_on(args: &Args, placement: Placement, ranks: usize) -> Result<Prepare
     })
 }
 
+/// The autodiff devices of the ranks of this process.
+fn devices(args: &Args, placement: &Placement) -> Result<Vec<Device>, Failure> {
+    let ranks = match &placement.ranks {
+        Ranks::Threads(ranks) => 0..*ranks,
+        Ranks::Processes(_) => {
+            let rank = placement::rank_on_this_machine();
+            rank..rank + 1
+        }
+    };
+    let device = |rank| burn_device(args, rank).map(Device::autodiff);
+    ranks.map(device).collect()
+}
+
+#[cfg(feature = "cube")]
+fn burn_device(args: &Args, rank: usize) -> Result<Device, Failure> {
+    let gpu = args.device.of_rank(rank)?;
+    Ok(gpu.map_or_else(Device::flex, Device::new))
+}
+
+#[cfg(not(feature = "cube"))]
+fn burn_device(args: &Args, _rank: usize) -> Result<Device, Failure> {
+    args.device.check().map(|()| Device::flex())
+}
+
 fn strategy(
     args: &Args,
     placement: &Placement,
     ranks: usize,
-    device: &Device,
+    devices: Vec<Device>,
 ) -> Result<RingStrategy, RingError> {
-    let device = device.clone();
+    let device = devices[0].clone();
     let strategy = match &placement.ranks {
         Ranks::Threads(_) => RingStrategy::new(ranks, args.sharding, device)?,
         Ranks::Processes(everyone) => {
@@ -111,6 +136,7 @@ fn strategy(
         }
     };
     let strategy = strategy
+        .with_devices(devices)?
         .with_deadline(placement.deadline)
         .with_data_parallel(args.data_parallel)?;
     Ok(match args.threads {

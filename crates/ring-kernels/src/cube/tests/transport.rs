@@ -1,6 +1,6 @@
 //! Buffers of the device between ranks, by way of host memory.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use ring_comm::buffer::{DType, HostBuffer};
 use ring_comm::{Expected, Loopback, Payload, Staged, Tag, Transport};
@@ -21,7 +21,7 @@ const EXPECTED: Expected = Expected {
 #[test]
 fn what_a_kernel_has_just_computed_reaches_a_kernel_of_another_rank() {
     let results = Loopback::run(2, Duration::from_secs(60), |endpoint| {
-        let staged = Staged::<CubeBuffer, _>::new(endpoint, device());
+        let staged = Staged::<CubeBuffer>::new(Arc::new(endpoint), device());
         let kernels = CubeKernels::new(device()).unwrap();
         let (rank, peer) = (staged.rank(), 1 - staged.rank());
         let mut spare = None;
