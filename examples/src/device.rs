@@ -205,7 +205,16 @@ mod tests {
 
     #[test]
     fn names_are_read_back() {
-        for name in ["cpu", "cuda", "cuda:1", "rocm:0", "metal", "vulkan:cpu", "wgpu:cpu", "wgpu:2"] {
+        for name in [
+            "cpu",
+            "cuda",
+            "cuda:1",
+            "rocm:0",
+            "metal",
+            "vulkan:cpu",
+            "wgpu:cpu",
+            "wgpu:2",
+        ] {
             assert_eq!(name.parse::<Device>().unwrap().to_string(), name);
         }
     }

@@ -1,14 +1,22 @@
 //! Where the ranks of a program run: all in this process, or one here and the others in processes like it.
 
+#[cfg(feature = "nccl")]
+use std::sync::Arc;
 use std::time::Duration;
 
+#[cfg(feature = "nccl")]
+use ring_comm::Nccl;
 use ring_comm::{
     Communicator, ConnectError, TransportKind,
     buffer::HostBuffer,
-    launch::{self, Origin},
+    launch::{self, Launch, Origin},
 };
+#[cfg(feature = "cube")]
+use ring_kernels::{CubeBuffer, CubeDevice, cubecl};
 
 use crate::command_line::Failure;
+#[cfg(feature = "cube")]
+use crate::device::Device;
 
 /// Longest time a rank waits for another, unless the command line or `RING_DEADLINE_SECONDS` says otherwise.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(600);
@@ -34,6 +42,8 @@ pub struct Placement {
     pub transport: TransportKind,
     /// Longest time one waits for another.
     pub deadline: Duration,
+    /// How this process was started, if anybody asked.
+    launch: Option<Launch>,
 }
 
 /// What the command line says of the ranks.
@@ -49,12 +59,12 @@ pub struct Wishes {
     pub deadline: Option<Duration>,
 }
 
-/// What the launcher calls this process among those of its machine: which GPU is its.
-pub fn rank_on_this_machine() -> usize {
-    let launch = launch::from_env().ok();
-    launch
-        .and_then(|launch| launch.local_rank)
-        .map_or(0, |setting| setting.value)
+/// NCCL was asked for, and the device has no such memory.
+#[cfg(feature = "cube")]
+fn needs_cuda(device: &Device) -> Failure {
+    Failure::Input(format!(
+        "--transport nccl carries the memory of NVIDIA GPUs, and --device is {device}: give --device cuda"
+    ))
 }
 
 impl Placement {
@@ -79,7 +89,12 @@ impl Placement {
             let ranks = wishes.ranks.unwrap_or(wishes.threads);
             return Ok(Self::threads(ranks, deadline));
         }
-        let communicator = Communicator::connect(kind, &launch).map_err(explain)?;
+        // NCCL carries the memory of GPUs; everything else goes another way.
+        let for_the_host = match kind {
+            TransportKind::Nccl if kind.is_compiled_in() => TransportKind::Tcp,
+            _ => kind,
+        };
+        let communicator = Communicator::connect(for_the_host, &launch).map_err(explain)?;
         let processes = communicator.world_size();
         if let Some(ranks) = wishes.ranks
             && ranks != processes
@@ -92,6 +107,7 @@ impl Placement {
             ranks: Ranks::Processes(communicator),
             transport: kind,
             deadline,
+            launch: Some(launch),
         })
     }
 
@@ -101,6 +117,73 @@ impl Placement {
             ranks: Ranks::Threads(ranks),
             transport: TransportKind::Loopback,
             deadline,
+            launch: None,
+        }
+    }
+
+    /// The GPU of a rank of this process, of which it has `communicator`, and its group for buffers there; none if it computes on
+    /// the processor.
+    ///
+    /// # Errors
+    /// As [`Device::of_rank`]; [`Failure::Input`] if the ranks' transport does not fit the device, [`Failure::Run`] if it does not
+    /// work.
+    #[cfg(feature = "cube")]
+    pub fn gpu(
+        &self,
+        device: &Device,
+        communicator: &Communicator<HostBuffer>,
+    ) -> Result<Option<(CubeDevice, Communicator<CubeBuffer>)>, Failure> {
+        let Some(gpu) = device.of_rank(self.rank_on_this_machine(communicator.rank()))? else {
+            return match self.transport {
+                TransportKind::Nccl => Err(needs_cuda(device)),
+                _ => Ok(None),
+            };
+        };
+        let cube = CubeDevice::new(gpu.client());
+        let communicator = match self.transport {
+            TransportKind::Nccl => self.over_nccl(device, &gpu, &cube)?,
+            _ => communicator.staged(cube.clone()),
+        };
+        Ok(Some((cube, communicator)))
+    }
+
+    #[cfg(feature = "nccl")]
+    fn over_nccl(
+        &self,
+        device: &Device,
+        gpu: &cubecl::Device,
+        cube: &CubeDevice,
+    ) -> Result<Communicator<CubeBuffer>, Failure> {
+        let cubecl::Device::Cuda(cuda) = gpu else {
+            return Err(needs_cuda(device));
+        };
+        let launch = self.launch.as_ref().ok_or_else(|| needs_cuda(device))?;
+        let nccl = Nccl::init_with(launch, Some(cuda.index), |_| Ok(cube.clone()));
+        let nccl = nccl.map_err(|error| Failure::Run(error.to_string()))?;
+        let group = nccl.group(self.deadline);
+        let group = group.map_err(|error| Failure::Run(error.to_string()))?;
+        Ok(Communicator::new(Arc::new(group)))
+    }
+
+    #[cfg(all(feature = "cube", not(feature = "nccl")))]
+    fn over_nccl(
+        &self,
+        device: &Device,
+        _gpu: &cubecl::Device,
+        _cube: &CubeDevice,
+    ) -> Result<Communicator<CubeBuffer>, Failure> {
+        Err(needs_cuda(device))
+    }
+
+    /// The number of a rank of this process among the ranks of its machine, as far as anybody tells: which GPU is its.
+    pub fn rank_on_this_machine(&self, rank: usize) -> usize {
+        match &self.ranks {
+            Ranks::Threads(_) => rank,
+            Ranks::Processes(_) => {
+                let local_rank =
+                    |launch: &Launch| launch.local_rank.as_ref().map(|rank| rank.value);
+                self.launch.as_ref().and_then(local_rank).unwrap_or(rank)
+            }
         }
     }
 

@@ -295,7 +295,11 @@ impl Attention {
 }
 
 /// Tensors must be where there are kernels, and all in one place.
-fn check_device(what: &'static str, tensor: &Tensor<4>, of_query: &Device) -> Result<(), RingError> {
+fn check_device(
+    what: &'static str,
+    tensor: &Tensor<4>,
+    of_query: &Device,
+) -> Result<(), RingError> {
     let device = tensor.device();
     if !has_kernels(&device) {
         return Err(RingError::Backend {

@@ -63,9 +63,9 @@ pub use ring_comm::{
 };
 #[cfg(feature = "mpi")]
 pub use ring_comm::{Mpi, MpiError};
+pub use ring_core::{HeadOffsets, Mixing, Pattern, PatternError, Sharding, Span};
 #[cfg(feature = "cube")]
 pub use ring_kernels::{CubeBuffer, CubeDevice};
-pub use ring_core::{HeadOffsets, Mixing, Pattern, PatternError, Sharding, Span};
 pub use shard::{next_token_shard, positions_tensor, shard_slice, shard_tensor};
 #[cfg(feature = "train")]
 pub use strategy::{DataGroup, RingStrategy, SequenceItem};

@@ -32,8 +32,13 @@ use burn::{
         TrainingComponents, TrainingError, ValidLoader, train::WorkerFailure,
     },
 };
-use ring_comm::{Communicator, Loopback, buffer::HostBuffer};
+use ring_comm::{
+    Communicator, Loopback,
+    buffer::{Buffer, HostBuffer},
+};
 use ring_core::Sharding;
+#[cfg(feature = "cube")]
+use ring_kernels::{CubeBuffer, CubeDevice};
 
 use crate::{error::RingError, ring::Ring};
 use coordinator::Coordinator;
@@ -118,6 +123,9 @@ pub struct RingStrategy {
     sharding: Sharding,
     /// What ranks that are threads take in turn; at least one.
     devices: Vec<Device>,
+    /// Of the rank that is this process, for tensors on its GPU.
+    #[cfg(feature = "cube")]
+    on_device: Option<(CubeDevice, Communicator<CubeBuffer>)>,
     threads_per_rank: Option<usize>,
 }
 
@@ -181,6 +189,8 @@ impl RingStrategy {
             groups: 1,
             sharding,
             devices: vec![device],
+            #[cfg(feature = "cube")]
+            on_device: None,
             threads_per_rank: None,
         })
     }
@@ -228,6 +238,41 @@ impl RingStrategy {
         Ok(Self { devices, ..self })
     }
 
+    /// A communicator of its own for tensors on `device`, over NCCL say; see [`Ring::with_device_communicator`]. For a rank that is a
+    /// process.
+    ///
+    /// # Errors
+    /// [`RingError::Value`] if the ranks are threads, or it is for another rank or another number of ranks.
+    #[cfg(feature = "cube")]
+    pub fn with_device_communicator(
+        self,
+        device: CubeDevice,
+        communicator: Communicator<CubeBuffer>,
+    ) -> Result<Self, RingError> {
+        let place = (communicator.rank(), communicator.world_size());
+        match &self.ranks {
+            Ranks::Processes(everyone) if (everyone.rank(), everyone.world_size()) == place => {}
+            Ranks::Processes(everyone) => {
+                return Err(RingError::Value(format!(
+                    "the communicator of the device is rank {} of {}, that of the host is rank {} of {}",
+                    place.0,
+                    place.1,
+                    everyone.rank(),
+                    everyone.world_size()
+                )));
+            }
+            Ranks::Threads { .. } => {
+                let message =
+                    "a communicator of a device is that of one process, and the ranks are threads";
+                return Err(RingError::Value(message.into()));
+            }
+        }
+        Ok(Self {
+            on_device: Some((device, communicator)),
+            ..self
+        })
+    }
+
     /// The device of this process's rank number `index`.
     fn device(&self, index: usize) -> &Device {
         &self.devices[index % self.devices.len()]
@@ -272,18 +317,22 @@ impl RingStrategy {
     /// The place of a rank; all ranks must ask at the same time.
     fn place(&self, everyone: Communicator<HostBuffer>) -> Result<Place, RingError> {
         let index = everyone.rank() / (everyone.world_size() / self.groups);
-        let group = match self.groups {
-            1 => everyone.clone(),
-            _ => everyone
-                .split(Some(index as u64), 0)?
-                .expect("every rank has a group"),
-        };
+        let group = group_of(&everyone, index, self.groups)?;
         let threads = self.threads_per_rank.unwrap_or_else(|| {
             let cores = thread::available_parallelism().map_or(1, usize::from);
             (cores / everyone.ranks_on_this_machine()).max(1)
         });
+        let ring = Ring::new(group, self.sharding, 0)?.with_threads(threads)?;
+        #[cfg(feature = "cube")]
+        let ring = match &self.on_device {
+            Some((device, everyone)) => {
+                let group = group_of(everyone, index, self.groups)?;
+                ring.with_device_communicator(device.clone(), group)?
+            }
+            None => ring,
+        };
         Ok(Place {
-            ring: Ring::new(group, self.sharding, 0)?.with_threads(threads)?,
+            ring,
             group: DataGroup {
                 index,
                 count: self.groups,
@@ -481,6 +530,20 @@ impl RingStrategy {
             Err(message) => (untrained.model(), Some(failure(everyone.rank(), message))),
         }
     }
+}
+
+/// The ranks of group `index` of so many.
+fn group_of<B: Buffer>(
+    everyone: &Communicator<B>,
+    index: usize,
+    groups: usize,
+) -> Result<Communicator<B>, RingError> {
+    Ok(match groups {
+        1 => everyone.clone(),
+        _ => everyone
+            .split(Some(index as u64), 0)?
+            .expect("every rank has a group"),
+    })
 }
 
 fn check_autodiff(device: &Device) -> Result<(), RingError> {

@@ -173,7 +173,10 @@ impl<B: Buffer> Communicator<B> {
 
     /// Takes the number of the next operation.
     pub fn next_operation(&self) -> u64 {
-        self.shared.order.next_operation.fetch_add(1, Ordering::Relaxed)
+        self.shared
+            .order
+            .next_operation
+            .fetch_add(1, Ordering::Relaxed)
     }
 
     /// What this rank has sent and received so far.

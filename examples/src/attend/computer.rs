@@ -1,9 +1,6 @@
 //! What computes, and the memory it computes in.
 
-use ring_comm::{
-    Communicator,
-    buffer::{Buffer, HostBuffer},
-};
+use ring_comm::buffer::{Buffer, HostBuffer};
 use ring_kernels::{CpuKernels, KernelError, Kernels};
 #[cfg(feature = "cube")]
 use ring_kernels::{CubeBuffer, CubeKernels};
@@ -14,9 +11,6 @@ pub(super) trait Computer {
     type Kernels: Kernels<Self::Buffer>;
 
     fn kernels(&self) -> &Self::Kernels;
-
-    /// The group, for buffers of this memory.
-    fn communicator(&self, host: &Communicator<HostBuffer>) -> Communicator<Self::Buffer>;
 
     fn upload(&self, host: HostBuffer) -> Result<Self::Buffer, KernelError>;
 
@@ -32,10 +26,6 @@ impl Computer for CpuKernels {
 
     fn kernels(&self) -> &Self {
         self
-    }
-
-    fn communicator(&self, host: &Communicator<HostBuffer>) -> Communicator<HostBuffer> {
-        host.clone()
     }
 
     fn upload(&self, host: HostBuffer) -> Result<HostBuffer, KernelError> {
@@ -58,10 +48,6 @@ impl Computer for CubeKernels {
 
     fn kernels(&self) -> &Self {
         self
-    }
-
-    fn communicator(&self, host: &Communicator<HostBuffer>) -> Communicator<CubeBuffer> {
-        host.staged(self.device().clone())
     }
 
     fn upload(&self, host: HostBuffer) -> Result<CubeBuffer, KernelError> {

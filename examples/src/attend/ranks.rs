@@ -1,10 +1,6 @@
 //! The ranks: each takes its rows, walks its plan, and hands back its rows of the results.
 
-use std::{
-    fmt,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{fmt, sync::Arc, time::Instant};
 
 use ring_comm::{
     CommError, Communicator, Loopback, RankPanic, TransportKind,
@@ -15,7 +11,7 @@ use ring_core::{
     AttentionSpec, Error, Gradients, Inputs, Output, Plan, Saved, Span, backward, forward,
 };
 #[cfg(feature = "cube")]
-use ring_kernels::{CubeDevice, CubeKernels};
+use ring_kernels::CubeKernels;
 use ring_kernels::{CpuKernels, KernelError, RowLayout, Tensor};
 
 use super::{
@@ -29,8 +25,6 @@ use crate::{
     command_line::Failure,
     placement::{Placement, Ranks},
 };
-#[cfg(feature = "cube")]
-use crate::placement;
 
 /// A rank that failed by itself or heard of another's failure.
 pub(super) enum RankError {
@@ -46,10 +40,10 @@ pub(super) fn compute(
 ) -> Result<Option<Outcome>, Failure> {
     let spec = options.spec(input, placement.world_size())?;
     match &placement.ranks {
-        Ranks::Threads(_) => on_threads(options, input, spec, placement.deadline).map(Some),
+        Ranks::Threads(_) => on_threads(options, input, spec, placement).map(Some),
         Ranks::Processes(communicator) => {
             placement.agree("attend", &options.unseen())?;
-            let ranks = on_processes(options, input, &spec, communicator)?;
+            let ranks = on_processes(options, input, &spec, placement, communicator)?;
             Ok(ranks.map(|ranks| Outcome {
                 ranks,
                 spec,
@@ -63,12 +57,12 @@ fn on_threads(
     options: &Options,
     input: &Input,
     spec: AttentionSpec,
-    deadline: Duration,
+    placement: &Placement,
 ) -> Result<Outcome, Failure> {
     let start = Some(Instant::now());
-    let results = Loopback::run(spec.world_size, deadline, |endpoint| {
+    let results = Loopback::run(spec.world_size, placement.deadline, |endpoint| {
         let communicator = Communicator::new(Arc::new(endpoint));
-        run_rank(options, input, &spec, &communicator, start)
+        run_rank(options, input, &spec, placement, &communicator, start)
     });
     match first_cause(&results) {
         Some(failure) => Err(failure),
@@ -84,9 +78,10 @@ fn on_processes(
     options: &Options,
     input: &Input,
     spec: &AttentionSpec,
+    placement: &Placement,
     communicator: &Communicator<HostBuffer>,
 ) -> Result<Option<Vec<RankOutcome>>, Failure> {
-    run_rank(options, input, spec, communicator, None)
+    run_rank(options, input, spec, placement, communicator, None)
         .and_then(|own| gather(own, communicator))
         .map_err(|error| error.explain(communicator.rank()))
 }
@@ -96,40 +91,38 @@ fn run_rank(
     options: &Options,
     input: &Input,
     spec: &AttentionSpec,
+    placement: &Placement,
     communicator: &Communicator<HostBuffer>,
     start: Option<Instant>,
 ) -> Result<RankOutcome, RankError> {
-    let result = run_rank_on_device(options, input, spec, communicator, start);
+    let result = run_rank_on_device(options, input, spec, placement, communicator, start);
     if let Err(RankError::Tensor(reason)) = &result {
         communicator.abort(reason);
     }
     result
 }
 
+#[cfg_attr(not(feature = "cube"), expect(unused_variables))]
 fn run_rank_on_device(
     options: &Options,
     input: &Input,
     spec: &AttentionSpec,
+    placement: &Placement,
     communicator: &Communicator<HostBuffer>,
     start: Option<Instant>,
 ) -> Result<RankOutcome, RankError> {
     #[cfg(feature = "cube")]
     {
-        // Processes of several machines: their launcher says which of its machine's ranks each is.
-        let number = match start {
-            Some(_) => communicator.rank(),
-            None => placement::rank_on_this_machine(),
-        };
-        let device = options.device.of_rank(number);
-        let device = device.map_err(|failure| RankError::Tensor(failure.to_string()))?;
-        if let Some(device) = device {
-            let kernels = CubeKernels::new(CubeDevice::new(device.client()))?;
+        let gpu = placement.gpu(&options.device, communicator);
+        let gpu = gpu.map_err(|failure| RankError::Tensor(failure.to_string()))?;
+        if let Some((device, communicator)) = gpu {
+            let kernels = CubeKernels::new(device)?;
             let run = RankRun::new(&kernels, input, spec, communicator, start)?;
             return run.repetitions(options);
         }
     }
     let kernels = CpuKernels::new(options.threads)?;
-    RankRun::new(&kernels, input, spec, communicator, start)?.repetitions(options)
+    RankRun::new(&kernels, input, spec, communicator.clone(), start)?.repetitions(options)
 }
 
 /// One rank's tensors and means.
@@ -151,7 +144,7 @@ impl<'a, C: Computer> RankRun<'a, C> {
         computer: &'a C,
         input: &Input,
         spec: &AttentionSpec,
-        communicator: &Communicator<HostBuffer>,
+        communicator: Communicator<C::Buffer>,
         start: Option<Instant>,
     ) -> Result<Self, RankError> {
         let rank = communicator.rank();
@@ -167,7 +160,7 @@ impl<'a, C: Computer> RankRun<'a, C> {
         };
         Ok(Self {
             computer,
-            communicator: computer.communicator(communicator),
+            communicator,
             query: shard(InputTensor::Query, &queries)?,
             key: shard(InputTensor::Key, &keys)?,
             value: shard(InputTensor::Value, &keys)?,

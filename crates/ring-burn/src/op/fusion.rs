@@ -3,10 +3,7 @@
 //! A fused operation would run on the thread of the device, where nothing may wait for another rank.
 
 use burn::backend::{TensorMetadata, tensor::FloatTensor};
-use burn_fusion::{
-    Client, Fusion, FusionBackend, FusionTensor, NoOp,
-    stream::StreamId,
-};
+use burn_fusion::{Client, Fusion, FusionBackend, FusionTensor, NoOp, stream::StreamId};
 use burn_ir::{InitOperationIr, OperationIr};
 
 use super::{BackwardTensors, Job, RingAttentionGradient, RingAttentionOps};
@@ -19,10 +16,14 @@ fn resolved<B: FusionBackend>(tensor: Fused<B>) -> FloatTensor<B> {
 }
 
 /// A tensor for further operations.
-fn adopted<B: FusionBackend>(client: &Client<B::FusionRuntime>, tensor: FloatTensor<B>) -> Fused<B> {
+fn adopted<B: FusionBackend>(
+    client: &Client<B::FusionRuntime>,
+    tensor: FloatTensor<B>,
+) -> Fused<B> {
     let (shape, dtype) = (tensor.shape(), tensor.dtype());
     let handle = B::float_tensor_handle(tensor);
-    let description = InitOperationIr::create(shape, dtype, || client.register_tensor_handle(handle));
+    let description =
+        InitOperationIr::create(shape, dtype, || client.register_tensor_handle(handle));
     client
         .register(
             StreamId::current(),

@@ -28,7 +28,11 @@ fn surrounded(inputs: &[TensorData; 3], device: &Device) -> Vec<Vec<f32>> {
     // Rows 3 to n + 3, a lazy sum, and a tensor whose last dimension is not contiguous.
     let query = (query * 1.5 + 0.25).narrow(2, 3, n);
     let key = key.narrow(2, 1, n).exp() - 1.0;
-    let value = value.transpose().mul_scalar(2.0).transpose().narrow(2, 0, n);
+    let value = value
+        .transpose()
+        .mul_scalar(2.0)
+        .transpose()
+        .narrow(2, 0, n);
     let attention = DilatedAttentionConfig::new(vec![8, 64], vec![1, 2])
         .with_causal(true)
         .init();
@@ -64,7 +68,10 @@ fn tensors_on_different_devices_are_refused() {
     let error = attention
         .try_forward(on(&gpu()), on(&gpu()), on(&Device::flex()), &ring)
         .unwrap_err();
-    assert!(matches!(error, RingError::Device { what: "value", .. }), "{error}");
+    assert!(
+        matches!(error, RingError::Device { what: "value", .. }),
+        "{error}"
+    );
 }
 
 /// Lavapipe has no bf16: all ranks are told, also those that have.
@@ -121,8 +128,7 @@ fn a_communicator_of_the_device_is_used() {
                                 .with_device_communicator(device, of_device.clone())
                                 .unwrap();
                         }
-                        let [query, key, value] =
-                            data.each_ref().map(|data| upload(data, &gpu()));
+                        let [query, key, value] = data.each_ref().map(|data| upload(data, &gpu()));
                         let attention = RingAttentionConfig::new().init();
                         let output = attention.forward(query, key, value, &ring);
                         let sent = |traffic: ring_comm::Traffic| traffic.bytes_sent;
@@ -151,9 +157,13 @@ fn a_communicator_of_the_device_is_used() {
 #[test]
 fn a_communicator_of_another_group_is_refused() {
     let device = CubeDevice::new(cube_client(&gpu()));
-    let [_first, second]: [_; 2] = Loopback::group::<CubeBuffer>(2, DEADLINE).try_into().unwrap();
+    let [_first, second]: [_; 2] = Loopback::group::<CubeBuffer>(2, DEADLINE)
+        .try_into()
+        .unwrap();
     let communicator = Communicator::new(Arc::new(second));
     let ring = Ring::single(8).unwrap();
-    let error = ring.with_device_communicator(device, communicator).unwrap_err();
+    let error = ring
+        .with_device_communicator(device, communicator)
+        .unwrap_err();
     assert!(error.to_string().contains("rank 1 of 2"), "{error}");
 }

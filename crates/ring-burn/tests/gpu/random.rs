@@ -48,30 +48,39 @@ fn any_case() -> impl Strategy<Value = Case> {
     let sizes = (1_usize..3, 1_usize..4, 1_usize..3, 0_usize..90);
     let head_dim = prop_oneof![Just(4_usize), Just(7), Just(16)];
     let flags = any::<[bool; 4]>();
-    (sizes, head_dim, branches, sharding, 1_usize..6, flags, any::<u64>()).prop_map(
-        |(sizes, head_dim, branches, sharding, ranks, flags, seed)| {
-            let (batch, kv_heads, group, length) = sizes;
-            let [causal, blocked, half_precision, swapped] = flags;
-            Case {
-                batch,
-                kv_heads,
-                group,
-                head_dim,
-                length,
-                branches,
-                causal,
-                offsets: match blocked {
-                    true => HeadOffsets::Blocked,
-                    false => HeadOffsets::Cyclic,
-                },
-                ranks,
-                sharding,
-                half_precision,
-                swapped,
-                seed,
-            }
-        },
+    (
+        sizes,
+        head_dim,
+        branches,
+        sharding,
+        1_usize..6,
+        flags,
+        any::<u64>(),
     )
+        .prop_map(
+            |(sizes, head_dim, branches, sharding, ranks, flags, seed)| {
+                let (batch, kv_heads, group, length) = sizes;
+                let [causal, blocked, half_precision, swapped] = flags;
+                Case {
+                    batch,
+                    kv_heads,
+                    group,
+                    head_dim,
+                    length,
+                    branches,
+                    causal,
+                    offsets: match blocked {
+                        true => HeadOffsets::Blocked,
+                        false => HeadOffsets::Cyclic,
+                    },
+                    ranks,
+                    sharding,
+                    half_precision,
+                    swapped,
+                    seed,
+                }
+            },
+        )
 }
 
 impl Case {
@@ -237,7 +246,10 @@ impl Case {
             let scale = (norm(&finite) / 1e-2).min(1.0);
             let distance = distance(&got, &expected) * scale;
             let rank = ring.rank();
-            assert!(distance <= tolerance, "{name} of rank {rank} is off by {distance:e}");
+            assert!(
+                distance <= tolerance,
+                "{name} of rank {rank} is off by {distance:e}"
+            );
         }
     }
 }

@@ -33,7 +33,7 @@ use burn::{
 use ring_burn::{RingError, RingStrategy};
 use ring_examples::{
     command_line::{self, Failure},
-    placement::{self, Placement, Ranks},
+    placement::{Placement, Ranks},
 };
 use ring_multihead::{LongNet, LongNetConfig};
 
@@ -83,6 +83,8 @@ fn prepare_on(args: &Args, placement: Placement, ranks: usize) -> Result<Prepare
     terms.push(("the text", checksum));
     placement.agree("train", &terms)?;
     let strategy = strategy(args, &placement, ranks, devices).map_err(Failure::input)?;
+    #[cfg(feature = "cube")]
+    let strategy = with_gpu(args, &placement, strategy)?;
     if placement.has_first_rank() {
         fs::create_dir_all(&args.artifacts).map_err(|error| {
             Failure::Input(format!("cannot make {}: {error}", args.artifacts.display()))
@@ -102,19 +104,36 @@ fn prepare_on(args: &Args, placement: Placement, ranks: usize) -> Result<Prepare
 fn devices(args: &Args, placement: &Placement) -> Result<Vec<Device>, Failure> {
     let ranks = match &placement.ranks {
         Ranks::Threads(ranks) => 0..*ranks,
-        Ranks::Processes(_) => {
-            let rank = placement::rank_on_this_machine();
-            rank..rank + 1
-        }
+        Ranks::Processes(everyone) => everyone.rank()..everyone.rank() + 1,
     };
-    let device = |rank| burn_device(args, rank).map(Device::autodiff);
-    ranks.map(device).collect()
+    let device = |rank| burn_device(args, placement.rank_on_this_machine(rank));
+    ranks
+        .map(|rank| device(rank).map(Device::autodiff))
+        .collect()
 }
 
 #[cfg(feature = "cube")]
 fn burn_device(args: &Args, rank: usize) -> Result<Device, Failure> {
     let gpu = args.device.of_rank(rank)?;
     Ok(gpu.map_or_else(Device::flex, Device::new))
+}
+
+/// Has a rank that is a process exchange the memory of its GPU as the transport does.
+#[cfg(feature = "cube")]
+fn with_gpu(
+    args: &Args,
+    placement: &Placement,
+    strategy: RingStrategy,
+) -> Result<RingStrategy, Failure> {
+    let Ranks::Processes(everyone) = &placement.ranks else {
+        return Ok(strategy);
+    };
+    match placement.gpu(&args.device, everyone)? {
+        Some((device, communicator)) => strategy
+            .with_device_communicator(device, communicator)
+            .map_err(Failure::input),
+        None => Ok(strategy),
+    }
 }
 
 #[cfg(not(feature = "cube"))]

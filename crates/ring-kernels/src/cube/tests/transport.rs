@@ -3,7 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use ring_comm::buffer::{DType, HostBuffer};
-use ring_comm::{Expected, Loopback, Payload, Staged, Tag, Transport};
+use ring_comm::conformance::{self, Backend, Hosted, RankBody, Staging};
+use ring_comm::{Expected, Loopback, Payload, RankPanic, Staged, Tag, Transport};
 
 use super::on_device::device;
 use crate::{CubeBuffer, CubeKernels, Kernels};
@@ -43,4 +44,30 @@ fn what_a_kernel_has_just_computed_reaches_a_kernel_of_another_rank() {
         }
     });
     assert!(results.iter().all(Result::is_ok), "{results:?}");
+}
+
+/// The suite, whose messages are copied to the device, from there, and back at the other end.
+struct OverTheDevice;
+
+impl Backend for OverTheDevice {
+    fn run(&self, world_size: usize, deadline: Duration, body: &RankBody<'_>) -> Vec<RankPanic> {
+        let results = Loopback::run(world_size, deadline, |endpoint| {
+            let staged = Staged::<CubeBuffer>::new(Arc::new(endpoint), device());
+            body(Arc::new(Hosted::new(staged, device())));
+        });
+        results.into_iter().filter_map(Result::err).collect()
+    }
+
+    fn max_world_size(&self) -> usize {
+        4
+    }
+
+    fn staging(&self) -> Staging {
+        Staging::CommonMemory
+    }
+}
+
+#[test]
+fn the_transport_conforms() {
+    conformance::run_all(&OverTheDevice);
 }
