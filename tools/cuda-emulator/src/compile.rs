@@ -25,6 +25,13 @@ pub(crate) const HEADERS: &[(&str, &str)] = &[
     ("ptx.h", include_str!("../cuda/ptx.h")),
     ("matrix.h", include_str!("../cuda/matrix.h")),
     ("mma.h", include_str!("../cuda/mma.h")),
+    ("barrier.h", include_str!("../cuda/barrier.h")),
+    ("cuda/barrier", "#include \"barrier.h\"\n"),
+    ("cooperative_groups.h", "#include \"barrier.h\"\n"),
+    (
+        "cooperative_groups/memcpy_async.h",
+        "#include \"barrier.h\"\n",
+    ),
     ("halves.h", include_str!("../cuda/halves.h")),
     ("cuda_fp16.h", include_str!("../cuda/cuda_fp16.h")),
     ("cuda_bf16.h", include_str!("../cuda/cuda_bf16.h")),

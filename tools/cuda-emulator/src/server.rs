@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::Arc;
 
+use cubecl::{CubeCount, define_kernel};
 use cubecl_common::device::{DeviceId, DeviceService, ServerUtilitiesHandle, ServiceId};
 use cubecl_common::{bytes::Bytes, profile::ProfileDuration};
-use cubecl_core::{CubeCount, define_kernel};
 use cubecl_cpp::shared::CppCompiler;
 use cubecl_cpp::target::Cuda;
 use cubecl_environment::backtrace::BackTrace;
@@ -52,11 +52,12 @@ struct Loaded {
 }
 
 /// The device.
-pub struct EmulatorServer {
+pub(crate) struct EmulatorServer {
     utilities: Arc<ServerUtilities>,
     allocations: HashMap<ManagedMemoryId, Allocation>,
     kernels: HashMap<KernelId, Arc<Loaded>>,
     profiler: TimestampProfiler,
+    device: DeviceId,
 }
 
 impl std::fmt::Debug for EmulatorServer {
@@ -83,6 +84,7 @@ impl DeviceService for EmulatorServer {
             allocations: HashMap::new(),
             kernels: HashMap::new(),
             profiler: TimestampProfiler::default(),
+            device: device_id,
         }
     }
 
@@ -196,7 +198,7 @@ impl EmulatorServer {
         if blocks.contains(&0) {
             return Ok(());
         }
-        let order = Order::from_env().map_err(|error| generic(error.to_string()))?;
+        let order = Order::of(self.device).map_err(|error| generic(error.to_string()))?;
         let mut pointers = Vec::new();
         for resource in &arguments.resources {
             let KernelResource::Buffer(binding) = resource else {
