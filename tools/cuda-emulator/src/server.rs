@@ -30,6 +30,7 @@ use cubecl_server::storage::ManagedResource;
 use cubecl_server::timestamp_profiler::TimestampProfiler;
 use cubecl_server::validation::{validate_cube_dim, validate_units};
 
+use crate::compile::Source;
 use crate::error::EmulatorError;
 use crate::kernel::{Argument, Grid, Kernel};
 use crate::memory::{ALIGNMENT, GuardedMemory, Resource};
@@ -150,9 +151,14 @@ impl EmulatorServer {
             .into());
         }
         let (x, y, z) = compiled.cube_dim.into();
-        let name = &compiled.entrypoint_name;
-        let kernel = Kernel::load(name, &compiled.source, [x, y, z], shared)
-            .map_err(|error| LaunchError::from(refused(&error)))?;
+        let source = Source {
+            name: &compiled.entrypoint_name,
+            variant: &id.to_string(),
+            cuda: &compiled.source,
+            shared_bytes: shared,
+        };
+        let kernel =
+            Kernel::load(&source, [x, y, z]).map_err(|error| LaunchError::from(refused(&error)))?;
         let loaded = Arc::new(Loaded {
             kernel,
             io: compiled.io,
