@@ -4,8 +4,8 @@
 Usage: cubins.py SOURCES TABLE
 
 SOURCES is a folder of .cu files as the emulator writes them (CUDA_EMULATOR_SOURCES), TABLE the file to write. Needs the packages
-nvidia-cuda-nvrtc-cu12, nvidia-cuda-runtime-cu12 and nvidia-cuda-cccl-cu12 of Python's package index. Fails if a source does not
-compile.
+nvidia-cuda-nvrtc-cu12, nvidia-cuda-runtime-cu12, nvidia-cuda-cccl-cu12 and nvidia-cuda-nvcc-cu12 of Python's package index. Fails
+if a source does not compile.
 """
 
 import ctypes
@@ -50,6 +50,7 @@ def compile_source(nvrtc, path):
         "--ptxas-options=-v",
         f"--include-path={NVIDIA / 'cuda_runtime/include'}",
         f"--include-path={NVIDIA / 'cuda_cccl/include'}",
+        f"--include-path={NVIDIA / 'cuda_nvcc/include'}",
     ]
     array = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
     failed = nvrtc.nvrtcCompileProgram(program, len(options), array)
@@ -91,24 +92,27 @@ def row(path, log):
     resident = occupancy(registers, threads, static + dynamic)
     figures = [threads, registers, spills, stack, static, dynamic, f"{resident:.0%}"]
     variant = re.search(r"// variant: (.*)", source)
-    variant = variant.group(1).replace("|", "\\|") if variant else ""
+    variant = variant.group(1) if variant else ""
+    # Buffers are the same in all.
+    variant = re.sub(r"\w+: BufferCompilationArg {[^}]*},? ?", "", variant).replace("|", "\\|")
     return f"| `{path.stem}` | {variant} | " + " | ".join(map(str, figures)) + " |"
 
 
 def main():
     sources, table = map(pathlib.Path, sys.argv[1:3])
     nvrtc = load_nvrtc()
-    rows, failures = [], []
+    rows, spilling, failures = [], 0, []
     for path in sorted(sources.glob("*.cu")):
         log, made = compile_source(nvrtc, path)
         if made:
             rows.append(row(path, log))
+            spilling += figure(r"(\d+) bytes spill stores", log) > 0
         else:
             failures.append(f"{path}:\n{log}")
     head = "| kernel | variant | threads | registers | spill bytes | stack bytes | static shared | dynamic shared | occupancy |"
     table.parent.mkdir(parents=True, exist_ok=True)
     table.write_text("\n".join([head, "|---|" + "---|" * 8, *rows, ""]))
-    print(f"{len(rows)} kernels compiled to sm_90, {len(failures)} failed; {table}")
+    print(f"{len(rows)} kernels compiled to sm_90, {len(failures)} failed, {spilling} spill registers; {table}")
     if failures:
         sys.exit("\n".join(failures))
     if not rows:

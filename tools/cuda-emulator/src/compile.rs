@@ -207,12 +207,12 @@ impl Compiler {
         if let Some(compiler) = COMPILER.get() {
             return Ok(compiler);
         }
-        let compiler = Self::find()?;
+        let command = std::env::var("CXX").unwrap_or_else(|_| "c++".to_string());
+        let compiler = Self::find(command)?;
         Ok(COMPILER.get_or_init(|| compiler))
     }
 
-    fn find() -> Result<Self, EmulatorError> {
-        let command = std::env::var("CXX").unwrap_or_else(|_| "c++".to_string());
+    fn find(command: String) -> Result<Self, EmulatorError> {
         let output = Command::new(&command)
             .arg("--version")
             .stdin(Stdio::null())
@@ -291,5 +291,39 @@ impl Hasher for Fnv {
 
     fn finish(&self) -> u64 {
         self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_compiler_is_named() {
+        let error = Compiler::find("/nowhere/c++".to_string()).err().unwrap();
+        let text = error.to_string();
+        assert!(text.contains("`/nowhere/c++` cannot be started"), "{text}");
+    }
+
+    #[test]
+    fn unknown_instructions_and_functions_do_not_compile() {
+        let compile = |body: &str| {
+            kernel(&Source {
+                name: "broken",
+                variant: "",
+                cuda: &format!(
+                    "extern \"C\" __global__ void broken(unsigned* const v1) {{ {body} }}"
+                ),
+                shared_bytes: 0,
+            })
+            .map_err(|error| error.to_string())
+        };
+        let error =
+            compile("asm(\"frobnicate.u32 %0, %1;\" : \"=r\"(*v1) : \"r\"(*v1));").unwrap_err();
+        assert!(error.contains("does not know a PTX instruction"), "{error}");
+        assert!(error.contains("frobnicate_u32"), "{error}");
+        let error = compile("*v1 = __match_any_sync(1, 2);").unwrap_err();
+        assert!(error.contains("__match_any_sync"), "{error}");
+        assert!(compile("*v1 = __popc(3);").is_ok());
     }
 }

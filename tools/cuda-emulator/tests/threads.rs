@@ -130,7 +130,7 @@ fn shuffles(output: &mut [u32]) {
     output[192 + own] = plane_shuffle_down(value, 2);
     output[256 + own] = plane_sum(value);
     output[320 + own] = plane_max(value);
-    let ballot = plane_ballot(UNIT_POS % 3 == 0);
+    let ballot = plane_ballot(UNIT_POS < 7);
     output[384 + own] = ballot.extract(0usize);
 }
 
@@ -156,8 +156,8 @@ fn lanes_exchange_values() {
             assert_eq!(at(3), of(if lane > 29 { lane } else { lane + 2 }));
             assert_eq!(at(4), (0..32).map(of).sum::<u32>());
             assert_eq!(at(5), of(31));
-            let third = (0..32).filter(|lane| (warp + lane) % 3 == 0);
-            assert_eq!(at(6), third.map(|lane| 1 << lane).sum::<u32>());
+            let first = (0..32).filter(|lane| warp + lane < 7);
+            assert_eq!(at(6), first.map(|lane| 1 << lane).sum::<u32>());
         }
     }
 }
@@ -229,4 +229,28 @@ fn more_than_the_device_has_is_an_error() {
             .contains("shared memory")
     );
     assert!(run(2048, 1025).unwrap_err().contains("Cube dim"));
+}
+
+#[cube(launch)]
+fn copy_vectors(input: &[Vector<u32, Const<4>>], output: &mut [Vector<u32, Const<4>>]) {
+    output[UNIT_POS as usize] = input[UNIT_POS as usize];
+}
+
+#[test]
+fn vectors_at_odd_addresses_are_errors() {
+    let client = client();
+    let run = |skipped: u64| {
+        let input = client.create_from_slice(u32::as_bytes(&[5; 16]));
+        let output = client.create_from_slice(u32::as_bytes(&[0; 8]));
+        copy_vectors::launch(
+            &client,
+            CubeCount::new_single(),
+            CubeDim::new_1d(2),
+            argument(&input.offset_start(skipped), 2),
+            argument(&output, 2),
+        );
+        client.read_one(output).map_err(|error| error.to_string())
+    };
+    assert_eq!(u32::from_bytes(&run(16).unwrap()), [5; 8]);
+    assert!(run(4).unwrap_err().contains("misaligned"));
 }
