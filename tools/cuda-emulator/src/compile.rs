@@ -80,10 +80,13 @@ pub(crate) struct Source<'a> {
 
 /// The shared object of a kernel.
 pub(crate) fn kernel(source: &Source<'_>) -> Result<PathBuf, EmulatorError> {
-    let name = source.name;
     let cuda = translate::renumber(source.cuda);
     dump(source, &cuda)?;
-    let translated = translate::translate(&cuda, name)?;
+    build(source.name, &cuda)
+}
+
+fn build(name: &str, cuda: &str) -> Result<PathBuf, EmulatorError> {
+    let translated = translate::translate(cuda, name)?;
     object(name, &translated, KERNEL_OPTIONS)
 }
 
@@ -308,15 +311,9 @@ mod tests {
     #[test]
     fn unknown_instructions_and_functions_do_not_compile() {
         let compile = |body: &str| {
-            kernel(&Source {
-                name: "broken",
-                variant: "",
-                cuda: &format!(
-                    "extern \"C\" __global__ void broken(unsigned* const v1) {{ {body} }}"
-                ),
-                shared_bytes: 0,
-            })
-            .map_err(|error| error.to_string())
+            let cuda =
+                format!("extern \"C\" __global__ void broken(unsigned* const v1) {{ {body} }}");
+            build("broken", &cuda).map_err(|error| error.to_string())
         };
         let error =
             compile("asm(\"frobnicate.u32 %0, %1;\" : \"=r\"(*v1) : \"r\"(*v1));").unwrap_err();
