@@ -9,6 +9,7 @@ mod launch;
 mod messages;
 mod source;
 mod table;
+mod tiling;
 mod waves;
 
 #[cfg(all(test, feature = "wgpu"))]

@@ -14,3 +14,4 @@ pub(super) mod elements;
 pub(super) mod gradients;
 pub(super) mod index;
 pub(super) mod messages;
+pub(super) mod tile;
