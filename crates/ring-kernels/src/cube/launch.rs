@@ -69,6 +69,12 @@ impl Launcher {
         CubeDim::new_1d(self.units)
     }
 
+    /// Pretends that the device has no more for a cube than `room`.
+    #[cfg(all(test, feature = "wgpu"))]
+    pub(super) fn limit(&mut self, room: Room) {
+        self.room = room;
+    }
+
     /// What the device has for a cube.
     pub(super) fn room_of_cube(&self) -> Room {
         self.room

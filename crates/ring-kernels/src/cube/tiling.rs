@@ -59,6 +59,8 @@ pub(super) struct Needs {
     pub(super) column_numbers: usize,
     /// Other numbers for each quad of scores.
     pub(super) quad_numbers: usize,
+    /// The most vectors that may lie between the rows of a tile of scores, where the units that share a row go through it.
+    pub(super) score_gap: usize,
 }
 
 /// Queries; keys, and then values in the same place; scores, whose greatest ones are written by quads; how many keys each query
@@ -71,6 +73,7 @@ pub(super) const FORWARD: Needs = Needs {
     row_numbers: 2,
     column_numbers: 0,
     quad_numbers: 1,
+    score_gap: 2,
 };
 
 /// Queries and output gradients; values, and then keys in the same place; score gradients; how many keys each query sees, its
@@ -83,6 +86,7 @@ pub(super) const QUERY_GRADIENTS: Needs = Needs {
     row_numbers: 3,
     column_numbers: 0,
     quad_numbers: 0,
+    score_gap: 0,
 };
 
 /// Keys and values; queries and output gradients; weights and score gradients; the first query that sees a key; log-sum-exp and
@@ -95,6 +99,7 @@ pub(super) const KEY_GRADIENTS: Needs = Needs {
     row_numbers: 1,
     column_numbers: 2,
     quad_numbers: 0,
+    score_gap: 0,
 };
 
 /// What a device has for a cube.
@@ -119,6 +124,8 @@ pub(crate) struct Tiling {
     pub(crate) columns: usize,
     /// Units of a cube, no fewer than `rows`.
     pub(crate) units: usize,
+    /// Vectors between the rows of a tile of scores, so that units in neighbouring rows read different banks.
+    pub(crate) score_gap: usize,
 }
 
 impl Tiling {
@@ -170,10 +177,12 @@ impl Tiling {
             rows,
             columns,
             units: units.min(most),
+            score_gap: 0,
         };
         while tiling.units < most && needs.sums * tiling.sums() > MOST_SUMS {
             tiling.units *= 2;
         }
+        tiling.score_gap = tiling.parts().min(needs.score_gap);
         let scores = rows * tiling.quads();
         let enough = tiling.units >= rows && MOST_SCORE_ROWS * tiling.units >= scores;
         enough.then_some(tiling)
@@ -210,9 +219,9 @@ impl Tiling {
         self.columns / QUAD
     }
 
-    /// Vectors from row to row of a tile of scores; units that share a row read different banks than those of the next row.
+    /// Vectors from row to row of a tile of scores.
     pub(crate) fn score_stride(&self) -> usize {
-        self.quads() + self.parts().min(2)
+        self.quads() + self.score_gap
     }
 
     /// Rows of scores that a unit computes.
@@ -227,8 +236,10 @@ impl Tiling {
 
     /// Units that share a row of sums.
     pub(crate) fn across(&self) -> usize {
-        let widest = (MOST_PRODUCT_ROWS * self.parts()).min(self.vectors().next_power_of_two());
-        widest.max(self.parts())
+        let widest = (MOST_PRODUCT_ROWS * self.parts()).min(self.units);
+        widest
+            .min(self.vectors().next_power_of_two())
+            .max(self.parts())
     }
 
     /// Rows of sums that a unit keeps.
@@ -249,5 +260,99 @@ impl Tiling {
     /// Numbers of a tile of sums that a unit keeps.
     fn sums(&self) -> usize {
         self.sum_rows() * self.sum_vectors() * self.width
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: [Needs; 3] = [FORWARD, QUERY_GRADIENTS, KEY_GRADIENTS];
+
+    fn room(units: usize, kibibytes: usize) -> Room {
+        Room {
+            units,
+            shared_bytes: kibibytes << 10,
+        }
+    }
+
+    #[test]
+    fn every_head_size_has_tiles_that_fit() {
+        for room in [
+            room(64, 16),
+            room(256, 16),
+            room(256, 32),
+            room(1024, 48),
+            room(1024, 64),
+            room(1024, 227),
+        ] {
+            for head_dim in 1..=256 {
+                for needs in ALL {
+                    let widths: &[usize] = if head_dim % 4 == 0 { &[1, 4] } else { &[1] };
+                    for &width in widths {
+                        let tiling = Tiling::new(needs, head_dim, width, room).unwrap();
+                        assert!(tiling.shared_bytes(needs) <= room.shared_bytes);
+                        assert!(tiling.units <= room.units);
+                        check(&tiling);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Checks that units compute every score and keep every sum exactly once.
+    fn check(tiling: &Tiling) {
+        let score_rows = tiling.score_rows();
+        assert!(score_rows <= MOST_SCORE_ROWS, "{tiling:?}");
+        assert_eq!(tiling.rows % score_rows, 0, "{tiling:?}");
+        assert!(
+            tiling.rows / score_rows * tiling.quads() <= tiling.units,
+            "{tiling:?}"
+        );
+        assert_eq!(tiling.units, tiling.rows * tiling.parts(), "{tiling:?}");
+        assert_eq!(tiling.units % tiling.across(), 0, "{tiling:?}");
+        let rows = tiling.units / tiling.across() * tiling.sum_rows();
+        assert_eq!(rows, tiling.rows, "{tiling:?}");
+        assert!(
+            tiling.across() * tiling.sum_vectors() >= tiling.vectors(),
+            "{tiling:?}"
+        );
+    }
+
+    #[test]
+    fn sums_of_usual_heads_stay_in_registers() {
+        for head_dim in [32, 64, 80, 96, 128, 192, 256] {
+            for (needs, shared) in ALL
+                .into_iter()
+                .flat_map(|needs| [(needs, 32), (needs, 227)])
+            {
+                let tiling = Tiling::new(needs, head_dim, 4, room(1024, shared)).unwrap();
+                assert!(needs.sums * tiling.sums() <= MOST_SUMS, "{tiling:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_example_of_shared_bytes_is_true() {
+        let tiling = Tiling::new(FORWARD, 64, 4, room(1024, 227)).unwrap();
+        assert_eq!((tiling.rows, tiling.columns), (64, 64));
+        assert_eq!(tiling.shared_bytes(FORWARD), 57_856);
+    }
+
+    #[test]
+    fn heads_that_are_too_large_are_refused() {
+        let refused = Tiling::new(FORWARD, 1 << 14, 4, room(256, 32));
+        assert!(matches!(refused, Err(KernelError::Invalid(_))));
+        let refused = Tiling::new(FORWARD, usize::MAX - 3, 4, room(256, 32));
+        assert!(matches!(refused, Err(KernelError::Invalid(_))));
+    }
+
+    #[test]
+    fn devices_of_few_units_are_served() {
+        for units in [1, 2, 7, 16, 33] {
+            for needs in ALL {
+                check(&Tiling::new(needs, 64, 4, room(units, 32)).unwrap());
+            }
+        }
     }
 }

@@ -44,14 +44,26 @@ pub(crate) fn load<F: Float, N: Size>(
         let at = UNIT_POS as usize + step * comptime!(tiling.units);
         if at < all {
             let row = at / vectors;
-            let mut vector = Vector::<f32, N>::new(0.0f32);
-            if first + row < end {
-                let from = rows.start + (first + row) * rows.stride + at % vectors;
-                vector = Vector::<f32, N>::cast_from(source[from]) * Vector::new(factor);
-            }
-            tile[row * comptime!(tiling.row_stride()) + at % vectors] = vector;
+            let from = rows.start + (first + row) * rows.stride + at % vectors;
+            tile[row * comptime!(tiling.row_stride()) + at % vectors] =
+                scaled_or_zero(source, from, factor, first + row < end);
         }
     }
+}
+
+/// Vector `at` times `factor`, or zero, without a look at the vector.
+#[cube]
+fn scaled_or_zero<F: Float, N: Size>(
+    source: &[Vector<F, N>],
+    at: usize,
+    factor: f32,
+    counts: bool,
+) -> Vector<f32, N> {
+    let mut vector = Vector::<f32, N>::new(0.0f32);
+    if counts {
+        vector = Vector::<f32, N>::cast_from(source[at]) * Vector::new(factor);
+    }
+    vector
 }
 
 /// [`load`] of queries. Those that do not contribute are zero, whatever they hold; so is what they would be multiplied by.
@@ -72,12 +84,9 @@ pub(crate) fn load_contributing<F: Float, N: Size>(
         let at = UNIT_POS as usize + step * comptime!(tiling.units);
         if at < all {
             let row = at / vectors;
-            let mut vector = Vector::<f32, N>::new(0.0f32);
-            if log_sum_exps[row] < NOTHING_SEEN {
-                let from = rows.start + (first + row) * rows.stride + at % vectors;
-                vector = Vector::<f32, N>::cast_from(source[from]) * Vector::new(factor);
-            }
-            tile[row * comptime!(tiling.row_stride()) + at % vectors] = vector;
+            let from = rows.start + (first + row) * rows.stride + at % vectors;
+            tile[row * comptime!(tiling.row_stride()) + at % vectors] =
+                scaled_or_zero(source, from, factor, log_sum_exps[row] < NOTHING_SEEN);
         }
     }
 }

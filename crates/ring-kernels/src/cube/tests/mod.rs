@@ -1,6 +1,7 @@
 //! The kernels on wgpu's CPU adapter (Mesa's lavapipe) against the oracle.
 
 mod on_device;
+mod tiles;
 mod transport;
 
 use proptest::prelude::*;
@@ -78,7 +79,7 @@ fn heads_without_blocks_get_nothing() {
 
 #[test]
 fn strided_memory_with_nan_around_rows_matches_the_oracle() {
-    for order in [Order::RowsFirst, Order::Bordered] {
+    for order in [Order::RowsFirst, Order::Bordered(3), Order::Bordered(4)] {
         let mut case = tangled(causal(problem(2, (4, 2), 20, (150, 140))));
         case.order = order;
         check(&case);
