@@ -17,12 +17,9 @@ pub(crate) enum Order {
     HeadsFirst,
     /// `[batch, rows, heads, head_dim]`
     RowsFirst,
-    /// `[batch, heads, rows, head_dim]`, with NaN before and after every row.
-    Bordered,
+    /// `[batch, heads, rows, head_dim]`, with this many NaN before and after every row.
+    Bordered(usize),
 }
-
-/// NaN between neighbouring rows of [`Order::Bordered`].
-const BORDER: usize = 3;
 
 impl Order {
     pub(crate) fn layout(self, heads: usize, rows: usize, head_dim: usize) -> RowLayout {
@@ -33,12 +30,12 @@ impl Order {
                 head_base: (0..heads).map(|head| head * head_dim).collect(),
                 row_stride: heads * head_dim,
             },
-            Order::Bordered => {
-                let stride = head_dim + BORDER;
+            Order::Bordered(border) => {
+                let stride = head_dim + border;
                 RowLayout {
                     batch_stride: heads * rows * stride,
                     head_base: (0..heads)
-                        .map(|head| BORDER + head * rows * stride)
+                        .map(|head| border + head * rows * stride)
                         .collect(),
                     row_stride: stride,
                 }
@@ -50,7 +47,7 @@ impl Order {
     fn len(self, rows: usize, head_dim: usize) -> usize {
         match self {
             Order::HeadsFirst | Order::RowsFirst => rows * head_dim,
-            Order::Bordered => rows * (head_dim + BORDER) + BORDER,
+            Order::Bordered(border) => rows * (head_dim + border) + border,
         }
     }
 }
@@ -139,8 +136,8 @@ impl Case {
         let mut random = random(seed);
         let len = self.order.len(batch * heads * rows, head_dim);
         let mut values: Vec<f32> = (0..len).map(|_| factor * random()).collect();
-        if self.order == Order::Bordered {
-            let in_row = |i: usize| i % (head_dim + BORDER) >= BORDER;
+        if let Order::Bordered(border) = self.order {
+            let in_row = |i: usize| i % (head_dim + border) >= border;
             let border = values.iter_mut().enumerate().filter(|&(i, _)| !in_row(i));
             border.for_each(|(_, x)| *x = f32::NAN);
         }

@@ -90,7 +90,7 @@ fn heads_without_blocks_get_nothing() {
 
 #[test]
 fn strided_memory_matches_the_oracle() {
-    for order in [Order::RowsFirst, Order::Bordered] {
+    for order in [Order::RowsFirst, Order::Bordered(3)] {
         let mut case = tangled(causal(problem(2, (4, 2), 20, (150, 140))));
         case.order = order;
         case.check();

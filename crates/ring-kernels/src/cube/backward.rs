@@ -1,16 +1,18 @@
 //! The backward pass.
 
+use cubecl::prelude::CubeDim;
 use ring_comm::buffer::{Buffer, DType};
 
 use super::buffer::{CubeBuffer, CubeView};
 use super::device::{elements, gradients};
 use super::forward::{records, row_numbers};
 use super::launch::Launcher;
-use super::source::{Placed, f32_view, f32s, key_value, key_value_gradient, query_tensor};
+use super::source::{Placed, f32_view, f32s, key_value, key_value_gradient, query_tensor, width};
 use super::table::{
     GRAD_KEY, GRAD_OUTPUT, GRAD_VALUE, KEY, KEY_COUNT, QUERY, QUERY_COUNT, Record, STATE, Table,
     VALUE,
 };
+use super::tiling::{self, Tiling};
 use crate::{
     BackwardInputs, HeadBlocks, KernelError, KeyValue, KeyValueGradient, Problem, RowLayout,
     Tensor, check,
@@ -134,21 +136,31 @@ impl Backward<'_> {
         Ok(table)
     }
 
+    /// How many elements the kernels read at once; `written` is what they add to.
+    fn width(&self, written: &[&CubeBuffer]) -> usize {
+        let read = [self.query, self.key, self.value, self.grad_output];
+        let placed = [&read[..], &[self.grad_key, self.grad_value]].concat();
+        width(self.problem.head_dim, &placed, written)
+    }
+
     /// Adds the gradients of the queries.
     fn queries(&self, table: &Table, grad_query: &CubeBuffer) -> Result<(), KernelError> {
         let Self {
             launcher, problem, ..
         } = self;
         let element = launcher.device.element(self.query.buffer.dtype())?;
-        let tile = launcher.tile(2 * problem.head_dim)?;
+        let width = self.width(&[grad_query]);
+        let needs = tiling::QUERY_GRADIENTS;
+        let tiling = Tiling::new(needs, problem.head_dim, width, launcher.room_of_cube())?;
         let depth = problem.batch * problem.group_size();
         for records in records(problem, self.blocks, |block| block.queries)? {
             let rows = |record: &Record| record[QUERY_COUNT];
-            for launch in launcher.rows_of_records(table, &records, depth, rows)? {
+            for launch in launcher.rows_of_records(table, &records, depth, tiling.rows, rows)? {
                 gradients::query_gradients::launch(
                     launcher.device.client(),
                     launch.cubes,
-                    launcher.cube(),
+                    CubeDim::new_1d(tiling.units as u32),
+                    tiling.width,
                     launcher.argument("query", self.query.buffer)?,
                     launcher.argument("key", self.key.buffer)?,
                     launcher.argument("value", self.value.buffer)?,
@@ -160,9 +172,7 @@ impl Backward<'_> {
                     problem.scale,
                     self.output_scale,
                     f32::NEG_INFINITY,
-                    problem.head_dim,
-                    launcher.units(),
-                    tile,
+                    tiling,
                     element,
                 );
             }
@@ -176,14 +186,19 @@ impl Backward<'_> {
             launcher, problem, ..
         } = self;
         let element = launcher.device.element(self.query.buffer.dtype())?;
-        let tile = launcher.tile(2 * problem.head_dim + 2)?;
+        let width = self.width(&[self.grad_key.buffer, self.grad_value.buffer]);
+        let needs = tiling::KEY_GRADIENTS;
+        let tiling = Tiling::new(needs, problem.head_dim, width, launcher.room_of_cube())?;
         for records in records(problem, self.blocks, |block| block.keys)? {
             let rows = |record: &Record| record[KEY_COUNT];
-            for launch in launcher.rows_of_records(table, &records, problem.batch, rows)? {
+            for launch in
+                launcher.rows_of_records(table, &records, problem.batch, tiling.rows, rows)?
+            {
                 gradients::key_gradients::launch(
                     launcher.device.client(),
                     launch.cubes,
-                    launcher.cube(),
+                    CubeDim::new_1d(tiling.units as u32),
+                    tiling.width,
                     launcher.argument("query", self.query.buffer)?,
                     launcher.argument("key", self.key.buffer)?,
                     launcher.argument("value", self.value.buffer)?,
@@ -196,9 +211,7 @@ impl Backward<'_> {
                     problem.scale,
                     self.output_scale,
                     f32::NEG_INFINITY,
-                    problem.head_dim,
-                    launcher.units(),
-                    tile,
+                    tiling,
                     element,
                 );
             }

@@ -1,13 +1,15 @@
 //! The forward pass.
 
+use cubecl::prelude::CubeDim;
 use ring_comm::buffer::{Buffer, DType};
 
 use super::buffer::CubeBuffer;
 use super::device::{attention, elements};
 use super::elements::{filled, round};
 use super::launch::Launcher;
-use super::source::{f32s, key_value, query_tensor};
+use super::source::{f32s, key_value, query_tensor, width};
 use super::table::{KEY, QUERY, QUERY_COUNT, Record, STATE, Table, VALUE, block_record};
+use super::tiling::{self, Tiling};
 use super::waves::waves;
 use crate::block::blocks_of;
 use crate::{
@@ -52,15 +54,22 @@ pub(super) fn forward(
     }
     table.place(STATE, &row_numbers(problem), 0)?;
     let element = launcher.device.element(dtype)?;
-    let tile = launcher.tile(2 * problem.head_dim)?;
+    let width = width(problem.head_dim, &[query, key, value], &[output]);
+    let tiling = Tiling::new(
+        tiling::FORWARD,
+        problem.head_dim,
+        width,
+        launcher.room_of_cube(),
+    )?;
     let depth = problem.batch * problem.group_size();
     for records in records(problem, blocks, |block| block.queries)? {
         let rows = |record: &Record| record[QUERY_COUNT];
-        for launch in launcher.rows_of_records(&table, &records, depth, rows)? {
+        for launch in launcher.rows_of_records(&table, &records, depth, tiling.rows, rows)? {
             attention::forward::launch(
                 launcher.device.client(),
                 launch.cubes,
-                launcher.cube(),
+                CubeDim::new_1d(tiling.units as u32),
+                tiling.width,
                 launcher.argument("query", query.buffer)?,
                 launcher.argument("key", key.buffer)?,
                 launcher.argument("value", value.buffer)?,
@@ -69,9 +78,7 @@ pub(super) fn forward(
                 launcher.argument("state.max", max)?,
                 launcher.argument("state.denominator", denominator)?,
                 problem.scale,
-                problem.head_dim,
-                launcher.units(),
-                tile,
+                tiling,
                 element,
             );
         }

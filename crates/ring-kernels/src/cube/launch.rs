@@ -6,13 +6,11 @@ use ring_comm::buffer::{Buffer, DType};
 
 use super::buffer::{CubeBuffer, CubeDevice, device_error};
 use super::table::{Record, Table};
+use super::tiling::Room;
 use crate::KernelError;
 
-/// Units of a cube, where the device allows so many.
+/// Units of a cube that works on elements, where the device allows so many.
 const UNITS: u32 = 64;
-
-/// Rows of a tile in shared memory, where the device has room for so many.
-const TILE: usize = 32;
 
 /// Buffers of the kernel that has most.
 const BINDINGS: u32 = 9;
@@ -23,7 +21,7 @@ pub(super) struct Launcher {
     pub(super) device: CubeDevice,
     units: u32,
     most_cubes: (u32, u32, u32),
-    shared_bytes: usize,
+    room: Room,
 }
 
 /// A launch: the table, its records and the cubes.
@@ -58,31 +56,28 @@ impl Launcher {
         Ok(Self {
             units: units.clamp(1, UNITS),
             most_cubes: hardware.max_cube_count,
-            shared_bytes: hardware.max_shared_memory_size,
+            room: Room {
+                units: units as usize,
+                shared_bytes: hardware.max_shared_memory_size,
+            },
             device,
         })
     }
 
-    /// Units of a cube.
-    pub(super) fn units(&self) -> usize {
-        self.units as usize
-    }
-
-    /// The dimensions of a cube.
+    /// The dimensions of a cube that works on elements.
     pub(super) fn cube(&self) -> CubeDim {
         CubeDim::new_1d(self.units)
     }
 
-    /// Rows of a tile when each takes `numbers` f32 numbers of shared memory.
-    pub(super) fn tile(&self, numbers: usize) -> Result<usize, KernelError> {
-        let row = numbers.saturating_mul(size_of::<f32>());
-        match self.shared_bytes / row {
-            0 => Err(KernelError::Invalid(format!(
-                "a tile of one row takes {row} bytes of shared memory, the device has {}; the head size must be smaller",
-                self.shared_bytes
-            ))),
-            rows => Ok(rows.min(TILE)),
-        }
+    /// Pretends that the device has no more for a cube than `room`.
+    #[cfg(all(test, feature = "wgpu"))]
+    pub(super) fn limit(&mut self, room: Room) {
+        self.room = room;
+    }
+
+    /// What the device has for a cube.
+    pub(super) fn room_of_cube(&self) -> Room {
+        self.room
     }
 
     /// Cubes for so many elements: all the elements, or as many cubes as a launch may have.
@@ -91,21 +86,22 @@ impl Launcher {
     }
 
     fn cubes_along_x(&self, elements: usize) -> u32 {
-        let cubes = elements.div_ceil(self.units());
+        let cubes = elements.div_ceil(self.units as usize);
         u32::try_from(cubes).map_or(self.most_cubes.0, |cubes| cubes.min(self.most_cubes.0))
     }
 
-    /// Launches that do `records` for `depth` batch entries (and heads of a group). Each row of a record has a unit of its own;
+    /// Launches that do `records` for `depth` batch entries (and heads of a group), by cubes that own `rows_of_cube` rows;
     /// `rows` tells how many a record has.
     pub(super) fn rows_of_records(
         &self,
         table: &Table,
         records: &[Record],
         depth: usize,
+        rows_of_cube: usize,
         rows: impl Fn(&Record) -> u32,
     ) -> Result<Vec<Launch>, KernelError> {
         let most = records.iter().map(rows).max().unwrap_or(0);
-        let cubes = most.div_ceil(self.units);
+        let cubes = most.div_ceil(rows_of_cube as u32);
         if cubes > self.most_cubes.0 {
             return Err(KernelError::Invalid(format!(
                 "a block of {most} rows takes {cubes} cubes, the device launches at most {}",

@@ -11,6 +11,7 @@ mod messages;
 mod nccl;
 mod source;
 mod table;
+mod tiling;
 mod waves;
 
 #[cfg(all(test, any(feature = "wgpu", feature = "emulated-cuda")))]
@@ -28,11 +29,12 @@ use crate::{
 /// Attention on a GPU, or whatever else CubeCL drives.
 ///
 /// Queries, keys, values and output gradients are f32 or f16, or bf16 where the device keeps it in memory, all of one type;
-/// state, log-sum-exp and gradients are f32. Results are the same bits every time: each row is written by one unit of the
+/// state, log-sum-exp and gradients are f32. Results are the same bits every time: each element is written by one unit of the
 /// device, nothing is added atomically.
 ///
-/// A unit owns one row, against which a cube of units holds tiles of the other rows in shared memory. Matrix units are not
-/// used. Calls return when the device has been told what to do; the first call with a head size and an element type compiles.
+/// A cube of units owns a tile of rows, against which it holds tiles of the other rows in shared memory; sizes follow from what
+/// the device has. Rows that begin at multiples of 4 elements, of heads whose size is such a multiple, are read four elements at
+/// a time, others singly. Matrix units are not used. Calls return when the device has been told what to do; the first call with a head size and an element type compiles.
 /// Rows and positions are counted in 32 bits, elements of a buffer in 31; what needs more is refused.
 ///
 /// Key gradients in a [`KeyValueGradient::Slot`] must keep the rows of one head together, as [`PackedRows`] does.

@@ -24,6 +24,34 @@ impl<'a> From<Tensor<'a, CubeBuffer>> for Placed<'a> {
     }
 }
 
+/// Elements that are read and written at once.
+const VECTOR: usize = 4;
+
+/// How many elements of rows kernels read at once: 4 if every row of `placed` begins at a multiple of 4 elements, as all rows of
+/// `contiguous` then do; else 1.
+pub(super) fn width(head_dim: usize, placed: &[Placed], contiguous: &[&CubeBuffer]) -> usize {
+    let aligned = head_dim.is_multiple_of(VECTOR)
+        && placed.iter().all(Placed::is_aligned)
+        && contiguous.iter().all(|buffer| is_aligned(buffer));
+    if aligned { VECTOR } else { 1 }
+}
+
+/// Whether memory begins at a multiple of 4 elements.
+fn is_aligned(buffer: &CubeBuffer) -> bool {
+    let start = buffer.handle().offset_start.unwrap_or(0);
+    start.is_multiple_of((VECTOR * buffer.dtype().size()) as u64)
+}
+
+impl Placed<'_> {
+    fn is_aligned(&self) -> bool {
+        let layout = self.layout;
+        let starts = layout.head_base.iter().map(|base| base + self.offset);
+        let strides = [layout.batch_stride, layout.row_stride];
+        let mut all = starts.chain(strides);
+        is_aligned(self.buffer) && all.all(|distance| distance.is_multiple_of(VECTOR))
+    }
+}
+
 /// Checks a tensor of the problem's queries.
 pub(super) fn query_tensor<'a>(
     what: &'static str,

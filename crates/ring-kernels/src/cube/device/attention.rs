@@ -3,119 +3,214 @@
 use cubecl::prelude::*;
 
 use super::super::table::*;
+use super::super::tiling::{QUAD, Tiling};
 use super::index::*;
+use super::tile::*;
 
-/// Adds the blocks of a table to the state. A unit owns a query row: it is in one block of the launch at most.
+/// Adds the blocks of a table to the state. A cube owns `tiling.rows` query rows: they are in one block of the launch at most.
+///
+/// Units compute scores by quads, and the greatest of each quad; then `tiling.parts()` units for each row turn them into
+/// weights; then units add the products with values to the sums that they keep.
 #[cube(launch)]
-pub(crate) fn forward<F: Float>(
-    query: &[F],
-    key: &[F],
-    value: &[F],
+pub(crate) fn forward<F: Float, N: Size>(
+    query: &[Vector<F, N>],
+    key: &[Vector<F, N>],
+    value: &[Vector<F, N>],
     table: &[u32],
-    output: &mut [f32],
+    output: &mut [Vector<f32, N>],
     max: &mut [f32],
     denominator: &mut [f32],
     scale: f32,
-    #[comptime] head_dim: usize,
-    #[comptime] units: usize,
-    #[comptime] tile: usize,
+    #[comptime] tiling: Tiling,
     #[define(F)] _element: ElemType,
 ) {
+    let width = comptime!(tiling.width);
+    let rows = comptime!(tiling.rows);
+    let quads = comptime!(tiling.quads());
+    let parts = comptime!(tiling.parts());
     let unit = UNIT_POS as usize;
-    let record = record(table);
-    let group = word(table, GROUP);
-    let batch = CUBE_POS_Z as usize / group;
-    let kv_head = word(table, record + KV_HEAD);
-    let head = kv_head * group + CUBE_POS_Z as usize % group;
+    let work = work_of_query_head(table);
+    let count = word(table, work.record + QUERY_COUNT);
+    // The last queries see most keys: cubes that take longest begin first.
+    let first = from_the_end(CUBE_POS_X, CUBE_COUNT_X) * rows;
+    let state_at = queries_at(table, STATE, &work, work.head, 1usize);
 
-    let count = word(table, record + QUERY_COUNT);
-    let first = CUBE_POS_X as usize * units;
-    let active = first + unit < count;
-    let own = either(active, first + unit, 0usize);
-    let row = word(table, record + QUERY_FIRST) + own * word(table, record + QUERY_STEP);
-    let query_at = row_offset(table, QUERY, batch, head, row);
-    let state_at = row_offset(table, STATE, batch, head, row);
-    let output_at = state_at * head_dim;
+    let mut queries = room_for_rows::<N>(rows, tiling);
+    let mut columns = room_for_rows::<N>(comptime!(tiling.columns), tiling);
+    let mut scores = room_for_scores(tiling);
+    let mut greatest = Shared::<[f32]>::new_slice(comptime!(rows * quads));
+    let mut seen = Shared::<[u32]>::new_slice(rows);
+    let mut corrections = Shared::<[f32]>::new_slice(rows);
 
-    let mut own_query = Array::<f32>::new(head_dim);
-    let mut own_output = Array::<f32>::new(head_dim);
-    for d in 0..head_dim {
-        own_query[d] = f32::cast_from(query[query_at + d]) * scale;
-        own_output[d] = output[output_at + d];
+    let query_rows = queries_at(table, QUERY, &work, work.head, width);
+    load::<F, N>(
+        query,
+        &query_rows,
+        first,
+        count,
+        scale,
+        queries.as_mut_slice(),
+        rows,
+        tiling,
+    );
+    if unit < rows {
+        seen[unit] = seen_keys(table, &work, first + unit, count) as u32;
     }
-    let mut own_max = max[state_at];
-    let mut own_denominator = denominator[state_at];
 
-    let key_first = word(table, record + KEY_FIRST);
-    let key_step = word(table, record + KEY_STEP);
-    let key_count = word(table, record + KEY_COUNT);
-    let key_at = row_offset(table, KEY, batch, kv_head, key_first);
-    let key_stride = key_step * row_stride(table, KEY);
-    let value_at = row_offset(table, VALUE, batch, kv_head, key_first);
-    let value_stride = key_step * row_stride(table, VALUE);
+    let row = unit / parts;
+    let part = unit % parts;
+    let active = first + row < count;
+    let own_state = state_at.start + either(active, first + row, 0usize) * state_at.stride;
+    let mut own_max = max[own_state];
+    let mut own_denominator = 0.0f32;
+    if part == 0 {
+        own_denominator = denominator[own_state];
+    }
 
-    let seen = either(active, visible(table, record, own), 0usize);
-    // The last query of the cube sees the most keys.
-    let last = least(first + units, count) - 1;
-    let most = either(first < count, visible(table, record, last), 0usize);
-
-    let mut keys = Shared::<[f32]>::new_slice(comptime!(tile * head_dim));
-    let mut values = Shared::<[f32]>::new_slice(comptime!(tile * head_dim));
-    let mut scores = Array::<f32>::new(tile);
-    let mut tile_output = Array::<f32>::new(head_dim);
-    for t in 0..most.div_ceil(tile) {
-        let start = t * tile;
-        sync_cube();
-        let mut element = unit;
-        while element < tile * head_dim {
-            let j = start + element / head_dim;
-            let d = element % head_dim;
-            if j < key_count {
-                keys[element] = f32::cast_from(key[key_at + j * key_stride + d]);
-                values[element] = f32::cast_from(value[value_at + j * value_stride + d]);
+    let sum_place = sum_place(tiling);
+    let mut sums = no_sums::<N>(tiling);
+    #[unroll]
+    for i in 0..comptime!(tiling.sum_rows()) {
+        let row = first + sum_place.row + i;
+        #[unroll]
+        for j in 0..comptime!(tiling.sum_vectors()) {
+            let vector = sum_vector(&sum_place, j, tiling);
+            if row < count && vector < comptime!(tiling.vectors()) {
+                let at = state_at.start + row * state_at.stride;
+                sums[comptime!(i * tiling.sum_vectors() + j)] =
+                    output[at * comptime!(tiling.vectors()) + vector];
             }
-            element += units;
+        }
+    }
+
+    let key_count = word(table, work.record + KEY_COUNT);
+    let key_rows = keys_at(table, KEY, &work, width);
+    let value_rows = keys_at(table, VALUE, &work, width);
+    // The first query of the cube sees the fewest keys, the last one the most.
+    let fewest = seen_keys(table, &work, first, count);
+    let last = least(first + rows, count) - 1;
+    let most = either(first < count, visible(table, work.record, last), 0usize);
+    let score_place = score_place(tiling);
+
+    for t in 0..most.div_ceil(comptime!(tiling.columns)) {
+        let start = t * comptime!(tiling.columns);
+        sync_cube();
+        load::<F, N>(
+            key,
+            &key_rows,
+            start,
+            key_count,
+            1.0f32,
+            columns.as_mut_slice(),
+            comptime!(tiling.columns),
+            tiling,
+        );
+        sync_cube();
+        if score_place.row < comptime!(score_row_step(tiling)) {
+            let mut own_scores = no_scores(tiling);
+            add_score_products::<N>(
+                queries.as_slice(),
+                columns.as_slice(),
+                &score_place,
+                &mut own_scores,
+                tiling,
+            );
+            if start + comptime!(tiling.columns) > fewest {
+                hide_from(
+                    &mut own_scores,
+                    seen.as_slice(),
+                    &score_place,
+                    start,
+                    tiling,
+                );
+            }
+            #[unroll]
+            for i in 0..comptime!(tiling.score_rows()) {
+                let row = score_place.row + comptime!(i * score_row_step(tiling));
+                let quad = quad_of(&own_scores, i);
+                scores[row * comptime!(tiling.score_stride()) + score_place.quad] = quad;
+                greatest[row * quads + score_place.quad] = greatest_of(quad);
+            }
         }
         sync_cube();
-        let end = either(seen > start, least(seen - least(start, seen), tile), 0usize);
         let mut new_max = own_max;
-        for j in 0..end {
-            let at = j * head_dim;
-            let mut score = 0.0f32;
-            for d in 0..head_dim {
-                score += own_query[d] * keys[at + d];
-            }
-            scores[j] = score;
-            if score > new_max {
-                new_max = score;
-            }
+        for quad in 0..quads {
+            new_max = greater(new_max, greatest[row * quads + quad]);
         }
-        // Sums of tiles are added, not single terms: errors grow with the number of tiles.
+        // Hidden scores are no weights, also if there is nothing else.
+        let reference = select(new_max == HIDDEN, 0.0f32, new_max);
         let mut tile_denominator = 0.0f32;
-        for d in 0..head_dim {
-            tile_output[d] = 0.0f32;
-        }
-        for j in 0..end {
-            let at = j * head_dim;
-            let weight = (scores[j] - new_max).exp();
-            tile_denominator += weight;
-            for d in 0..head_dim {
-                tile_output[d] += weight * values[at + d];
+        for step in 0..comptime!(quads.div_ceil(parts)) {
+            let quad = part + step * parts;
+            if quad < quads {
+                let at = row * comptime!(tiling.score_stride()) + quad;
+                let weights = (scores[at] - Vector::new(reference)).exp();
+                scores[at] = weights;
+                #[unroll]
+                for e in 0..QUAD {
+                    tile_denominator += weights.extract(e);
+                }
             }
         }
         let correction = (own_max - new_max).exp();
         own_denominator = own_denominator * correction + tile_denominator;
-        for d in 0..head_dim {
-            own_output[d] = own_output[d] * correction + tile_output[d];
-        }
         own_max = new_max;
+        if part == 0 {
+            corrections[row] = correction;
+        }
+        load::<F, N>(
+            value,
+            &value_rows,
+            start,
+            key_count,
+            1.0f32,
+            columns.as_mut_slice(),
+            comptime!(tiling.columns),
+            tiling,
+        );
+        sync_cube();
+        #[unroll]
+        for i in 0..comptime!(tiling.sum_rows()) {
+            let correction = Vector::new(corrections[sum_place.row + i]);
+            #[unroll]
+            for j in 0..comptime!(tiling.sum_vectors()) {
+                sums[comptime!(i * tiling.sum_vectors() + j)] *= correction;
+            }
+        }
+        add_products::<N>(
+            scores.as_slice(),
+            columns.as_slice(),
+            &sum_place,
+            &mut sums,
+            tiling,
+        );
     }
 
-    if active {
-        for d in 0..head_dim {
-            output[output_at + d] = own_output[d];
+    // What the units of a row have summed; those beyond the quads of a row have nothing.
+    sync_cube();
+    if part < quads {
+        greatest[row * quads + part] = own_denominator;
+    }
+    sync_cube();
+    if active && part == 0 {
+        let mut sum = 0.0f32;
+        for other in 0..comptime!(parts.min(quads)) {
+            sum += greatest[row * quads + other];
         }
-        max[state_at] = own_max;
-        denominator[state_at] = own_denominator;
+        max[own_state] = own_max;
+        denominator[own_state] = sum;
+    }
+    #[unroll]
+    for i in 0..comptime!(tiling.sum_rows()) {
+        let row = first + sum_place.row + i;
+        #[unroll]
+        for j in 0..comptime!(tiling.sum_vectors()) {
+            let vector = sum_vector(&sum_place, j, tiling);
+            if row < count && vector < comptime!(tiling.vectors()) {
+                let at = state_at.start + row * state_at.stride;
+                output[at * comptime!(tiling.vectors()) + vector] =
+                    sums[comptime!(i * tiling.sum_vectors() + j)];
+            }
+        }
     }
 }

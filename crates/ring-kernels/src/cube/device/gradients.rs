@@ -3,224 +3,406 @@
 use cubecl::prelude::*;
 
 use super::super::table::*;
+use super::super::tiling::{QUAD, Tiling};
 use super::index::*;
+use super::tile::*;
 
-/// Adds the query gradients of the blocks of a table. A unit owns a query row: it is in one block of the launch at most.
+/// Adds the query gradients of the blocks of a table. A cube owns `tiling.rows` query rows: they are in one block of the launch
+/// at most.
 #[cube(launch)]
-pub(crate) fn query_gradients<F: Float>(
-    query: &[F],
-    key: &[F],
-    value: &[F],
-    grad_output: &[F],
+pub(crate) fn query_gradients<F: Float, N: Size>(
+    query: &[Vector<F, N>],
+    key: &[Vector<F, N>],
+    value: &[Vector<F, N>],
+    grad_output: &[Vector<F, N>],
     log_sum_exp: &[f32],
     delta: &[f32],
     table: &[u32],
-    grad_query: &mut [f32],
+    grad_query: &mut [Vector<f32, N>],
     scale: f32,
     output_scale: f32,
     minus_infinity: f32,
-    #[comptime] head_dim: usize,
-    #[comptime] units: usize,
-    #[comptime] tile: usize,
+    #[comptime] tiling: Tiling,
     #[define(F)] _element: ElemType,
 ) {
+    let width = comptime!(tiling.width);
+    let rows = comptime!(tiling.rows);
     let unit = UNIT_POS as usize;
-    let record = record(table);
-    let group = word(table, GROUP);
-    let batch = CUBE_POS_Z as usize / group;
-    let kv_head = word(table, record + KV_HEAD);
-    let head = kv_head * group + CUBE_POS_Z as usize % group;
+    let work = work_of_query_head(table);
+    let count = word(table, work.record + QUERY_COUNT);
+    // The last queries see most keys: cubes that take longest begin first.
+    let first = from_the_end(CUBE_POS_X, CUBE_COUNT_X) * rows;
+    let state_at = queries_at(table, STATE, &work, work.head, 1usize);
 
-    let count = word(table, record + QUERY_COUNT);
-    let first = CUBE_POS_X as usize * units;
-    let active = first + unit < count;
-    let own = either(active, first + unit, 0usize);
-    let row = word(table, record + QUERY_FIRST) + own * word(table, record + QUERY_STEP);
-    let query_at = row_offset(table, QUERY, batch, head, row);
-    let grad_at = row_offset(table, GRAD_OUTPUT, batch, head, row);
-    let state_at = row_offset(table, STATE, batch, head, row);
+    let mut queries = room_for_rows::<N>(rows, tiling);
+    let mut grads = room_for_rows::<N>(rows, tiling);
+    let mut columns = room_for_rows::<N>(comptime!(tiling.columns), tiling);
+    let mut grad_scores = room_for_scores(tiling);
+    let mut seen = Shared::<[u32]>::new_slice(rows);
+    let mut log_sum_exps = Shared::<[f32]>::new_slice(rows);
+    let mut deltas = Shared::<[f32]>::new_slice(rows);
 
-    let mut own_query = Array::<f32>::new(head_dim);
-    let mut own_grad = Array::<f32>::new(head_dim);
-    let mut sum = Array::<f32>::new(head_dim);
-    for d in 0..head_dim {
-        own_query[d] = f32::cast_from(query[query_at + d]) * scale;
-        own_grad[d] = f32::cast_from(grad_output[grad_at + d]) * output_scale;
-        sum[d] = 0.0f32;
+    if unit < rows {
+        seen[unit] = seen_keys(table, &work, first + unit, count) as u32;
+        load_row_numbers(
+            log_sum_exp,
+            delta,
+            &state_at,
+            first + unit,
+            count,
+            minus_infinity,
+            unit,
+            log_sum_exps.as_mut_slice(),
+            deltas.as_mut_slice(),
+        );
     }
-    let own_log_sum_exp = log_sum_exp[state_at];
-    let own_delta = delta[state_at];
+    sync_cube();
+    let query_rows = queries_at(table, QUERY, &work, work.head, width);
+    load_contributing::<F, N>(
+        query,
+        &query_rows,
+        first,
+        log_sum_exps.as_slice(),
+        scale,
+        queries.as_mut_slice(),
+        rows,
+        tiling,
+    );
+    let grad_rows = queries_at(table, GRAD_OUTPUT, &work, work.head, width);
+    load_contributing::<F, N>(
+        grad_output,
+        &grad_rows,
+        first,
+        log_sum_exps.as_slice(),
+        output_scale,
+        grads.as_mut_slice(),
+        rows,
+        tiling,
+    );
 
-    let key_first = word(table, record + KEY_FIRST);
-    let key_step = word(table, record + KEY_STEP);
-    let key_count = word(table, record + KEY_COUNT);
-    let key_at = row_offset(table, KEY, batch, kv_head, key_first);
-    let key_stride = key_step * row_stride(table, KEY);
-    let value_at = row_offset(table, VALUE, batch, kv_head, key_first);
-    let value_stride = key_step * row_stride(table, VALUE);
+    let key_count = word(table, work.record + KEY_COUNT);
+    let key_rows = keys_at(table, KEY, &work, width);
+    let value_rows = keys_at(table, VALUE, &work, width);
+    // The first query of the cube sees the fewest keys, the last one the most.
+    let fewest = seen_keys(table, &work, first, count);
+    let last = least(first + rows, count) - 1;
+    let most = either(first < count, visible(table, work.record, last), 0usize);
+    let score_place = score_place(tiling);
+    let computes_scores = score_place.row < comptime!(score_row_step(tiling));
+    let sum_place = sum_place(tiling);
+    let mut sums = no_sums::<N>(tiling);
 
-    let contributes = active && own_log_sum_exp != minus_infinity;
-    let seen = either(contributes, visible(table, record, own), 0usize);
-    // The last query of the cube sees the most keys.
-    let last = least(first + units, count) - 1;
-    let most = either(first < count, visible(table, record, last), 0usize);
-
-    let mut keys = Shared::<[f32]>::new_slice(comptime!(tile * head_dim));
-    let mut values = Shared::<[f32]>::new_slice(comptime!(tile * head_dim));
-    for t in 0..most.div_ceil(tile) {
-        let start = t * tile;
+    for t in 0..most.div_ceil(comptime!(tiling.columns)) {
+        let start = t * comptime!(tiling.columns);
         sync_cube();
-        let mut element = unit;
-        while element < tile * head_dim {
-            let j = start + element / head_dim;
-            let d = element % head_dim;
-            if j < key_count {
-                keys[element] = f32::cast_from(key[key_at + j * key_stride + d]);
-                values[element] = f32::cast_from(value[value_at + j * value_stride + d]);
-            }
-            element += units;
+        load::<F, N>(
+            value,
+            &value_rows,
+            start,
+            key_count,
+            1.0f32,
+            columns.as_mut_slice(),
+            comptime!(tiling.columns),
+            tiling,
+        );
+        sync_cube();
+        let mut grad_weights = no_scores(tiling);
+        if computes_scores {
+            add_score_products::<N>(
+                grads.as_slice(),
+                columns.as_slice(),
+                &score_place,
+                &mut grad_weights,
+                tiling,
+            );
         }
         sync_cube();
-        let end = either(seen > start, least(seen - least(start, seen), tile), 0usize);
-        for j in 0..end {
-            let at = j * head_dim;
-            let mut score = 0.0f32;
-            let mut grad_weight = 0.0f32;
-            for d in 0..head_dim {
-                score += own_query[d] * keys[at + d];
-                grad_weight += own_grad[d] * values[at + d];
+        load::<F, N>(
+            key,
+            &key_rows,
+            start,
+            key_count,
+            1.0f32,
+            columns.as_mut_slice(),
+            comptime!(tiling.columns),
+            tiling,
+        );
+        sync_cube();
+        if computes_scores {
+            let mut scores = no_scores(tiling);
+            add_score_products::<N>(
+                queries.as_slice(),
+                columns.as_slice(),
+                &score_place,
+                &mut scores,
+                tiling,
+            );
+            if start + comptime!(tiling.columns) > fewest {
+                hide_from(&mut scores, seen.as_slice(), &score_place, start, tiling);
             }
-            let weight = (score - own_log_sum_exp).exp();
-            let grad_score = weight * (grad_weight - own_delta);
-            for d in 0..head_dim {
-                sum[d] += grad_score * keys[at + d];
+            #[unroll]
+            for i in 0..comptime!(tiling.score_rows()) {
+                let row = score_place.row + comptime!(i * score_row_step(tiling));
+                let weights = (quad_of(&scores, i) - Quad::new(log_sum_exps[row])).exp();
+                grad_scores[row * comptime!(tiling.score_stride()) + score_place.quad] =
+                    weights * (quad_of(&grad_weights, i) - Quad::new(deltas[row]));
             }
         }
+        sync_cube();
+        add_products::<N>(
+            grad_scores.as_slice(),
+            columns.as_slice(),
+            &sum_place,
+            &mut sums,
+            tiling,
+        );
     }
 
-    if contributes {
-        for d in 0..head_dim {
-            grad_query[state_at * head_dim + d] += scale * sum[d];
+    #[unroll]
+    for i in 0..comptime!(tiling.sum_rows()) {
+        let row = sum_place.row + i;
+        #[unroll]
+        for j in 0..comptime!(tiling.sum_vectors()) {
+            let vector = sum_vector(&sum_place, j, tiling);
+            if log_sum_exps[row] < NOTHING_SEEN && vector < comptime!(tiling.vectors()) {
+                let at = state_at.start + (first + row) * state_at.stride;
+                grad_query[at * comptime!(tiling.vectors()) + vector] +=
+                    Vector::new(scale) * sums[comptime!(i * tiling.sum_vectors() + j)];
+            }
         }
     }
 }
 
-/// Adds the key and value gradients of the blocks of a table. A unit owns a key row: it is in one block of the launch at most.
+/// Log-sum-exp and delta of query `i`, to `place` in shared memory: no weight and 0 if the query is beyond `count` or
+/// has seen nothing.
+#[cube]
+fn load_row_numbers(
+    log_sum_exp: &[f32],
+    delta: &[f32],
+    state_at: &RowsAt,
+    i: usize,
+    count: usize,
+    minus_infinity: f32,
+    place: usize,
+    log_sum_exps: &mut [f32],
+    deltas: &mut [f32],
+) {
+    let mut of_row = NOTHING_SEEN.runtime();
+    let mut delta_of_row = 0.0f32;
+    if i < count {
+        let at = state_at.start + i * state_at.stride;
+        if log_sum_exp[at] != minus_infinity {
+            of_row = log_sum_exp[at];
+            delta_of_row = delta[at];
+        }
+    }
+    log_sum_exps[place] = of_row;
+    deltas[place] = delta_of_row;
+}
+
+/// Adds the key and value gradients of the blocks of a table. A cube owns `tiling.rows` key rows: they are in one block of the
+/// launch at most.
 #[cube(launch)]
-pub(crate) fn key_gradients<F: Float>(
-    query: &[F],
-    key: &[F],
-    value: &[F],
-    grad_output: &[F],
+pub(crate) fn key_gradients<F: Float, N: Size>(
+    query: &[Vector<F, N>],
+    key: &[Vector<F, N>],
+    value: &[Vector<F, N>],
+    grad_output: &[Vector<F, N>],
     log_sum_exp: &[f32],
     delta: &[f32],
     table: &[u32],
-    grad_key: &mut [f32],
-    grad_value: &mut [f32],
+    grad_key: &mut [Vector<f32, N>],
+    grad_value: &mut [Vector<f32, N>],
     scale: f32,
     output_scale: f32,
     minus_infinity: f32,
-    #[comptime] head_dim: usize,
-    #[comptime] units: usize,
-    #[comptime] tile: usize,
+    #[comptime] tiling: Tiling,
     #[define(F)] _element: ElemType,
 ) {
+    let width = comptime!(tiling.width);
+    let rows = comptime!(tiling.rows);
+    let tile_columns = comptime!(tiling.columns);
     let unit = UNIT_POS as usize;
-    let record = record(table);
-    let group = word(table, GROUP);
-    let batch = CUBE_POS_Z as usize;
-    let kv_head = word(table, record + KV_HEAD);
+    let work = work_of_group(table);
+    let count = word(table, work.record + KEY_COUNT);
+    let query_count = word(table, work.record + QUERY_COUNT);
+    let first = CUBE_POS_X as usize * rows;
 
-    let count = word(table, record + KEY_COUNT);
-    let first = CUBE_POS_X as usize * units;
-    let active = first + unit < count;
-    let own = either(active, first + unit, 0usize);
-    let row = word(table, record + KEY_FIRST) + own * word(table, record + KEY_STEP);
-    let key_at = row_offset(table, KEY, batch, kv_head, row);
-    let value_at = row_offset(table, VALUE, batch, kv_head, row);
+    let mut keys = room_for_rows::<N>(rows, tiling);
+    let mut values = room_for_rows::<N>(rows, tiling);
+    let mut queries = room_for_rows::<N>(tile_columns, tiling);
+    let mut grads = room_for_rows::<N>(tile_columns, tiling);
+    let mut weights = room_for_scores(tiling);
+    let mut grad_scores = room_for_scores(tiling);
+    let mut seen_from = Shared::<[u32]>::new_slice(rows);
+    let mut log_sum_exps = Shared::<[f32]>::new_slice(tile_columns);
+    let mut deltas = Shared::<[f32]>::new_slice(tile_columns);
 
-    let mut own_key = Array::<f32>::new(head_dim);
-    let mut own_value = Array::<f32>::new(head_dim);
-    let mut key_sum = Array::<f32>::new(head_dim);
-    let mut value_sum = Array::<f32>::new(head_dim);
-    for d in 0..head_dim {
-        own_key[d] = f32::cast_from(key[key_at + d]) * scale;
-        own_value[d] = f32::cast_from(value[value_at + d]) * output_scale;
-        key_sum[d] = 0.0f32;
-        value_sum[d] = 0.0f32;
-    }
-
-    let query_first = word(table, record + QUERY_FIRST);
-    let query_step = word(table, record + QUERY_STEP);
-    let query_count = word(table, record + QUERY_COUNT);
-    let query_stride = query_step * row_stride(table, QUERY);
-    let grad_stride = query_step * row_stride(table, GRAD_OUTPUT);
-    let state_stride = query_step * row_stride(table, STATE);
-
-    let seen_from = either(active, first_seeing(table, record, own), query_count);
-    // The first key of the cube is seen by the most queries.
-    let earliest = either(
-        first < count,
-        first_seeing(table, record, least(first, count - 1)),
-        query_count,
+    let key_rows = keys_at(table, KEY, &work, width);
+    load::<F, N>(
+        key,
+        &key_rows,
+        first,
+        count,
+        1.0f32,
+        keys.as_mut_slice(),
+        rows,
+        tiling,
     );
+    let value_rows = keys_at(table, VALUE, &work, width);
+    load::<F, N>(
+        value,
+        &value_rows,
+        first,
+        count,
+        1.0f32,
+        values.as_mut_slice(),
+        rows,
+        tiling,
+    );
+    if unit < rows {
+        seen_from[unit] = first_seeing(table, work.record, least(first + unit, count - 1)) as u32;
+    }
 
-    let mut queries = Shared::<[f32]>::new_slice(comptime!(tile * head_dim));
-    let mut grads = Shared::<[f32]>::new_slice(comptime!(tile * head_dim));
-    let mut log_sum_exps = Shared::<[f32]>::new_slice(tile);
-    let mut deltas = Shared::<[f32]>::new_slice(tile);
-    for member in 0..group {
-        let head = kv_head * group + member;
-        let query_at = row_offset(table, QUERY, batch, head, query_first);
-        let grad_at = row_offset(table, GRAD_OUTPUT, batch, head, query_first);
-        let state_at = row_offset(table, STATE, batch, head, query_first);
-        for t in 0..(query_count - earliest).div_ceil(tile) {
-            let start = earliest + t * tile;
-            sync_cube();
-            let mut element = unit;
-            while element < tile * head_dim {
-                let i = start + element / head_dim;
-                let d = element % head_dim;
-                if i < query_count {
-                    queries[element] = f32::cast_from(query[query_at + i * query_stride + d]);
-                    grads[element] = f32::cast_from(grad_output[grad_at + i * grad_stride + d]);
-                    if d == 0 {
-                        log_sum_exps[element / head_dim] = log_sum_exp[state_at + i * state_stride];
-                        deltas[element / head_dim] = delta[state_at + i * state_stride];
-                    }
-                }
-                element += units;
+    // The first key of the cube is seen by the most queries, the last one by the fewest.
+    let earliest = first_seeing(table, work.record, least(first, count - 1));
+    let latest = first_seeing(table, work.record, least(first + rows, count) - 1);
+    let tiles = either(
+        first < count,
+        (query_count - earliest).div_ceil(tile_columns),
+        0usize,
+    );
+    let score_place = score_place(tiling);
+    let computes_scores = score_place.row < comptime!(score_row_step(tiling));
+    let sum_place = sum_place(tiling);
+    let mut key_sums = no_sums::<N>(tiling);
+    let mut value_sums = no_sums::<N>(tiling);
+
+    // The tiles of all query heads of the group, one head after the other.
+    let all_tiles = tiles * word(table, GROUP);
+    for t in 0..all_tiles {
+        let head = work.head + t / tiles;
+        let start = earliest + t % tiles * tile_columns;
+        let state_at = queries_at(table, STATE, &work, head, 1usize);
+        let query_rows = queries_at(table, QUERY, &work, head, width);
+        let grad_rows = queries_at(table, GRAD_OUTPUT, &work, head, width);
+        sync_cube();
+        let mut column = unit;
+        while column < tile_columns {
+            load_row_numbers(
+                log_sum_exp,
+                delta,
+                &state_at,
+                start + column,
+                query_count,
+                minus_infinity,
+                column,
+                log_sum_exps.as_mut_slice(),
+                deltas.as_mut_slice(),
+            );
+            column += comptime!(tiling.units);
+        }
+        sync_cube();
+        load_contributing::<F, N>(
+            query,
+            &query_rows,
+            start,
+            log_sum_exps.as_slice(),
+            scale,
+            queries.as_mut_slice(),
+            tile_columns,
+            tiling,
+        );
+        load_contributing::<F, N>(
+            grad_output,
+            &grad_rows,
+            start,
+            log_sum_exps.as_slice(),
+            output_scale,
+            grads.as_mut_slice(),
+            tile_columns,
+            tiling,
+        );
+        sync_cube();
+        if computes_scores {
+            let mut scores = no_scores(tiling);
+            add_score_products::<N>(
+                keys.as_slice(),
+                queries.as_slice(),
+                &score_place,
+                &mut scores,
+                tiling,
+            );
+            if start < latest {
+                hide_before(
+                    &mut scores,
+                    seen_from.as_slice(),
+                    &score_place,
+                    start,
+                    tiling,
+                );
             }
-            sync_cube();
-            let end = least(query_count - start, tile);
-            let begin = least(seen_from - least(start, seen_from), end);
-            for i in begin..end {
-                let at = i * head_dim;
-                let of_row = log_sum_exps[i];
-                if of_row != minus_infinity {
-                    let mut score = 0.0f32;
-                    let mut grad_weight = 0.0f32;
-                    for d in 0..head_dim {
-                        score += own_key[d] * queries[at + d];
-                        grad_weight += own_value[d] * grads[at + d];
-                    }
-                    let weight = (score - of_row).exp();
-                    let grad_score = weight * (grad_weight - deltas[i]);
-                    for d in 0..head_dim {
-                        key_sum[d] += grad_score * queries[at + d];
-                        value_sum[d] += weight * grads[at + d];
-                    }
-                }
+            let mut grad_weights = no_scores(tiling);
+            add_score_products::<N>(
+                values.as_slice(),
+                grads.as_slice(),
+                &score_place,
+                &mut grad_weights,
+                tiling,
+            );
+            let log_sum_exps = quad_of_columns(log_sum_exps.as_slice(), &score_place, tiling);
+            let deltas = quad_of_columns(deltas.as_slice(), &score_place, tiling);
+            #[unroll]
+            for i in 0..comptime!(tiling.score_rows()) {
+                let row = score_place.row + comptime!(i * score_row_step(tiling));
+                let at = row * comptime!(tiling.score_stride()) + score_place.quad;
+                let own_weights = (quad_of(&scores, i) - log_sum_exps).exp();
+                weights[at] = own_weights;
+                grad_scores[at] = own_weights * (quad_of(&grad_weights, i) - deltas);
+            }
+        }
+        sync_cube();
+        add_products::<N>(
+            weights.as_slice(),
+            grads.as_slice(),
+            &sum_place,
+            &mut value_sums,
+            tiling,
+        );
+        add_products::<N>(
+            grad_scores.as_slice(),
+            queries.as_slice(),
+            &sum_place,
+            &mut key_sums,
+            tiling,
+        );
+    }
+
+    let grad_key_rows = keys_at(table, GRAD_KEY, &work, width);
+    let grad_value_rows = keys_at(table, GRAD_VALUE, &work, width);
+    #[unroll]
+    for i in 0..comptime!(tiling.sum_rows()) {
+        let row = first + sum_place.row + i;
+        #[unroll]
+        for j in 0..comptime!(tiling.sum_vectors()) {
+            let vector = sum_vector(&sum_place, j, tiling);
+            if row < count && vector < comptime!(tiling.vectors()) {
+                let at = comptime!(i * tiling.sum_vectors() + j);
+                grad_key[grad_key_rows.start + row * grad_key_rows.stride + vector] += key_sums[at];
+                grad_value[grad_value_rows.start + row * grad_value_rows.stride + vector] +=
+                    value_sums[at];
             }
         }
     }
+}
 
-    if active {
-        let grad_key_at = row_offset(table, GRAD_KEY, batch, kv_head, row);
-        let grad_value_at = row_offset(table, GRAD_VALUE, batch, kv_head, row);
-        for d in 0..head_dim {
-            grad_key[grad_key_at + d] += scale * key_sum[d];
-            grad_value[grad_value_at + d] += output_scale * value_sum[d];
-        }
+/// The numbers of the columns of a unit's scores.
+#[cube]
+fn quad_of_columns(numbers: &[f32], place: &ScorePlace, #[comptime] tiling: Tiling) -> Quad {
+    let mut quad = Quad::new(0.0f32);
+    #[unroll]
+    for j in 0..QUAD {
+        quad.insert(j, numbers[place.quad + comptime!(j * tiling.quads())]);
     }
+    quad
 }

@@ -16,6 +16,12 @@ pub(crate) fn least(a: usize, b: usize) -> usize {
     select(a < b, a, b)
 }
 
+/// Which of `count` is number `at` from the end.
+#[cube]
+pub(crate) fn from_the_end(at: u32, count: u32) -> usize {
+    (count - 1 - at) as usize
+}
+
 /// A word of a table.
 #[cube]
 pub(crate) fn word(table: &[u32], at: usize) -> usize {
@@ -40,6 +46,84 @@ pub(crate) fn row_offset(
 #[cube]
 pub(crate) fn row_stride(table: &[u32], #[comptime] tensor: usize) -> usize {
     word(table, comptime!(TENSORS + tensor * TENSOR + 1))
+}
+
+/// What a cube works on.
+#[derive(CubeType)]
+pub(crate) struct Work {
+    /// Start of the record.
+    pub(crate) record: usize,
+    pub(crate) batch: usize,
+    pub(crate) kv_head: usize,
+    /// The query head; the first one of the group where a cube takes all of them.
+    pub(crate) head: usize,
+}
+
+/// What this cube works on, if it takes one query head.
+#[cube]
+pub(crate) fn work_of_query_head(table: &[u32]) -> Work {
+    let group = word(table, GROUP);
+    let record = record(table);
+    let kv_head = word(table, record + KV_HEAD);
+    Work {
+        record,
+        batch: CUBE_POS_Z as usize / group,
+        kv_head,
+        head: kv_head * group + CUBE_POS_Z as usize % group,
+    }
+}
+
+/// What this cube works on, if it takes all query heads of a group.
+#[cube]
+pub(crate) fn work_of_group(table: &[u32]) -> Work {
+    let record = record(table);
+    let kv_head = word(table, record + KV_HEAD);
+    Work {
+        record,
+        batch: CUBE_POS_Z as usize,
+        kv_head,
+        head: kv_head * word(table, GROUP),
+    }
+}
+
+/// Where rows of a record lie in a tensor, in vectors: row `i` at `start + i * stride`.
+#[derive(CubeType)]
+pub(crate) struct RowsAt {
+    pub(crate) start: usize,
+    pub(crate) stride: usize,
+}
+
+/// Where the queries of a record lie in a tensor of vectors of `width` elements.
+#[cube]
+pub(crate) fn queries_at(
+    table: &[u32],
+    #[comptime] tensor: usize,
+    work: &Work,
+    head: usize,
+    #[comptime] width: usize,
+) -> RowsAt {
+    let first = word(table, work.record + QUERY_FIRST);
+    let step = word(table, work.record + QUERY_STEP);
+    RowsAt {
+        start: row_offset(table, tensor, work.batch, head, first) / width,
+        stride: step * row_stride(table, tensor) / width,
+    }
+}
+
+/// Where the keys of a record lie in a tensor of vectors of `width` elements.
+#[cube]
+pub(crate) fn keys_at(
+    table: &[u32],
+    #[comptime] tensor: usize,
+    work: &Work,
+    #[comptime] width: usize,
+) -> RowsAt {
+    let first = word(table, work.record + KEY_FIRST);
+    let step = word(table, work.record + KEY_STEP);
+    RowsAt {
+        start: row_offset(table, tensor, work.batch, work.kv_head, first) / width,
+        stride: step * row_stride(table, tensor) / width,
+    }
 }
 
 /// Start of the record of this cube.
@@ -74,4 +158,12 @@ pub(crate) fn first_seeing(table: &[u32], record: usize, j: usize) -> usize {
         word(table, record + QUERY_POSITION_STEP),
     );
     least(missing.div_ceil(step), word(table, record + QUERY_COUNT))
+}
+
+/// How many keys of its block query `i` sees; none if there is no such query.
+#[cube]
+pub(crate) fn seen_keys(table: &[u32], work: &Work, i: usize, count: usize) -> usize {
+    let active = i < count;
+    let seen = visible(table, work.record, either(active, i, 0usize));
+    either(active, seen, 0usize)
 }

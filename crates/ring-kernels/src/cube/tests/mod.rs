@@ -2,6 +2,7 @@
 //! CUDA device.
 
 mod on_device;
+mod tiles;
 mod transport;
 
 use proptest::prelude::*;
@@ -79,7 +80,7 @@ fn heads_without_blocks_get_nothing() {
 
 #[test]
 fn strided_memory_with_nan_around_rows_matches_the_oracle() {
-    for order in [Order::RowsFirst, Order::Bordered] {
+    for order in [Order::RowsFirst, Order::Bordered(3), Order::Bordered(4)] {
         let mut case = tangled(causal(problem(2, (4, 2), 20, (150, 140))));
         case.order = order;
         check(&case);

@@ -4,6 +4,7 @@ use std::sync::LazyLock;
 
 use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
 
+use super::super::tiling::Room;
 use super::super::{CubeBuffer, CubeDevice, CubeKernels};
 use crate::*;
 
@@ -49,6 +50,13 @@ impl OnDevice {
         Self {
             kernels: CubeKernels::new(device()).unwrap(),
         }
+    }
+
+    /// Kernels that take no more of the device than `room`.
+    pub(super) fn with_room(room: Room) -> Self {
+        let mut kernels = Self::new();
+        kernels.kernels.launcher.limit(room);
+        kernels
     }
 
     /// A copy on the device, with NaN behind its end.
