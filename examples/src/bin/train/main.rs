@@ -30,7 +30,7 @@ use burn::{
         renderer::{MetricsRenderer, default_renderer},
     },
 };
-use ring_burn::{RingError, RingStrategy};
+use ring_burn::{RingError, RingStrategy, parameter_checksum};
 use ring_examples::{
     command_line::{self, Failure},
     placement::{Placement, Ranks},
@@ -70,11 +70,7 @@ fn prepare_on(args: &Args, placement: Placement, ranks: usize) -> Result<Prepare
     let text = Text::read(args.data.as_deref(), args.seq_length).map_err(Failure::Input)?;
     let devices = devices(args, &placement)?;
     let device = devices[0].clone();
-    device.seed(args.seed);
-    let model = model_config(args)
-        .try_init(&device)
-        .map_err(Failure::input)?
-        .materialize();
+    let model = initial_model(args, &device).map_err(Failure::input)?;
     if let Some(epoch) = args.resume {
         check_checkpoint(args, epoch, &model).map_err(Failure::Input)?;
     }
@@ -97,6 +93,20 @@ fn prepare_on(args: &Args, placement: Placement, ranks: usize) -> Result<Prepare
         ranks,
         strategy,
         device,
+    })
+}
+
+/// The model before training on a device: the same parameters on every device, so drawn on one that is everywhere.
+fn initial_model(args: &Args, device: &Device) -> Result<LongNet, RingError> {
+    let everywhere = Device::flex().autodiff();
+    everywhere.seed(args.seed);
+    device.seed(args.seed);
+    let model = model_config(args).try_init(&everywhere)?.materialize();
+    // Parameters are drawn when they are first looked at.
+    parameter_checksum(&model);
+    Ok(match *device == everywhere {
+        true => model,
+        false => model.fork(device),
     })
 }
 
