@@ -3,9 +3,10 @@
 use ring_comm::buffer::{Buffer, DType};
 
 use super::buffer::CubeBuffer;
-use super::device::{attention, elements};
+use super::device::{attention, elements, matrix};
 use super::elements::{filled, round};
 use super::launch::Launcher;
+use super::path::Kernel;
 use super::source::{f32s, key_value, query_tensor};
 use super::table::{KEY, QUERY, QUERY_COUNT, Record, STATE, Table, VALUE, block_record};
 use super::waves::waves;
@@ -52,10 +53,36 @@ pub(super) fn forward(
     }
     table.place(STATE, &row_numbers(problem), 0)?;
     let element = launcher.device.element(dtype)?;
-    let tile = launcher.tile(2 * problem.head_dim)?;
     let depth = problem.batch * problem.group_size();
-    for records in records(problem, blocks, |block| block.queries)? {
-        let rows = |record: &Record| record[QUERY_COUNT];
+    let rows = |record: &Record| record[QUERY_COUNT];
+    let waves = records(problem, blocks, |block| block.queries)?;
+    if let Some(tiling) = launcher.tiling(problem, Kernel::Forward, &[query, key, value]) {
+        let cube_rows = tiling.cube_rows() as u32;
+        for records in waves {
+            for launch in launcher.tiled_rows_of_records(&table, &records, depth, rows, cube_rows)? {
+                matrix::attention::forward::launch(
+                    launcher.device.client(),
+                    launch.cubes,
+                    tiling.cube_dim(),
+                    tiling.vector_size(),
+                    launcher.rows_argument("query", query.buffer, &tiling)?,
+                    launcher.rows_argument("key", key.buffer, &tiling)?,
+                    launcher.rows_argument("value", value.buffer, &tiling)?,
+                    launch.table.argument(),
+                    launcher.argument("state.output", output)?,
+                    launcher.argument("state.max", max)?,
+                    launcher.argument("state.denominator", denominator)?,
+                    problem.scale,
+                    f32::NEG_INFINITY,
+                    tiling,
+                    element,
+                );
+            }
+        }
+        return launcher.launched([output, max, denominator]);
+    }
+    let tile = launcher.tile(2 * problem.head_dim)?;
+    for records in waves {
         for launch in launcher.rows_of_records(&table, &records, depth, rows)? {
             attention::forward::launch(
                 launcher.device.client(),

@@ -5,8 +5,11 @@ use cubecl::server::Handle;
 use ring_comm::buffer::{Buffer, DType};
 
 use super::buffer::{CubeBuffer, CubeDevice, device_error};
+use super::device::matrix::work::Tiling;
+use super::path::{Kernel, MatrixUnits};
+use super::source::Placed;
 use super::table::{Record, Table};
-use crate::KernelError;
+use crate::{KernelError, Problem};
 
 /// Units of a cube, where the device allows so many.
 const UNITS: u32 = 64;
@@ -24,6 +27,7 @@ pub(super) struct Launcher {
     units: u32,
     most_cubes: (u32, u32, u32),
     shared_bytes: usize,
+    matrix_units: Option<MatrixUnits>,
 }
 
 /// A launch: the table, its records and the cubes.
@@ -59,8 +63,24 @@ impl Launcher {
             units: units.clamp(1, UNITS),
             most_cubes: hardware.max_cube_count,
             shared_bytes: hardware.max_shared_memory_size,
+            matrix_units: MatrixUnits::of(&device),
             device,
         })
+    }
+
+    /// Whether to use the matrix units of a device that has them.
+    pub(super) fn use_matrix_units(&mut self, use_them: bool) {
+        self.matrix_units = use_them.then(|| MatrixUnits::of(&self.device)).flatten();
+    }
+
+    /// How a kernel divides its work, if matrix units do it; see [`MatrixUnits::tiling`].
+    pub(super) fn tiling(
+        &self,
+        problem: &Problem,
+        kernel: Kernel,
+        rows: &[Placed<'_>],
+    ) -> Option<Tiling> {
+        self.matrix_units.as_ref()?.tiling(problem, kernel, rows)
     }
 
     /// Units of a cube.
@@ -104,8 +124,21 @@ impl Launcher {
         depth: usize,
         rows: impl Fn(&Record) -> u32,
     ) -> Result<Vec<Launch>, KernelError> {
+        self.tiled_rows_of_records(table, records, depth, rows, self.units)
+    }
+
+    /// Launches that do `records` for `depth` batch entries (and heads of a group). A cube has `cube_rows` rows of a record;
+    /// `rows` tells how many a record has.
+    pub(super) fn tiled_rows_of_records(
+        &self,
+        table: &Table,
+        records: &[Record],
+        depth: usize,
+        rows: impl Fn(&Record) -> u32,
+        cube_rows: u32,
+    ) -> Result<Vec<Launch>, KernelError> {
         let most = records.iter().map(rows).max().unwrap_or(0);
-        let cubes = most.div_ceil(self.units);
+        let cubes = most.div_ceil(cube_rows);
         if cubes > self.most_cubes.0 {
             return Err(KernelError::Invalid(format!(
                 "a block of {most} rows takes {cubes} cubes, the device launches at most {}",
@@ -173,13 +206,32 @@ impl Launcher {
         what: &'static str,
         buffer: &CubeBuffer,
     ) -> Result<BufferArg, KernelError> {
+        self.argument_of(what, buffer, buffer.len())
+    }
+
+    fn argument_of(
+        &self,
+        what: &'static str,
+        buffer: &CubeBuffer,
+        len: usize,
+    ) -> Result<BufferArg, KernelError> {
         if !buffer.is_of(&self.device) {
             return Err(KernelError::Invalid(format!(
                 "{what} lies on another device"
             )));
         }
-        // SAFETY: a buffer's memory holds at least `len` elements of its type.
-        Ok(unsafe { BufferArg::from_raw_parts(buffer.handle().clone(), buffer.len()) })
+        // SAFETY: a buffer's memory holds at least its length of elements, and so `len` vectors of them.
+        Ok(unsafe { BufferArg::from_raw_parts(buffer.handle().clone(), len) })
+    }
+
+    /// A buffer as an argument of a kernel that reads rows as `tiling` says.
+    pub(super) fn rows_argument(
+        &self,
+        what: &'static str,
+        buffer: &CubeBuffer,
+        tiling: &Tiling,
+    ) -> Result<BufferArg, KernelError> {
+        self.argument_of(what, buffer, buffer.len() / tiling.vector_size())
     }
 
     /// Whether what was launched could be launched: kernels are compiled by now, not yet done.

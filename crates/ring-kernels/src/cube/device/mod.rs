@@ -13,4 +13,5 @@ pub(super) mod attention;
 pub(super) mod elements;
 pub(super) mod gradients;
 pub(super) mod index;
+pub(super) mod matrix;
 pub(super) mod messages;
