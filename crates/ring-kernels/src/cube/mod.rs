@@ -12,7 +12,7 @@ mod source;
 mod table;
 mod waves;
 
-#[cfg(all(test, feature = "wgpu"))]
+#[cfg(all(test, any(feature = "wgpu", feature = "emulated-cuda")))]
 mod tests;
 
 use ring_comm::buffer::{Buffer, DType};

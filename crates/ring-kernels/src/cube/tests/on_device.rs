@@ -7,16 +7,34 @@ use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
 use super::super::{CubeBuffer, CubeDevice, CubeKernels};
 use crate::*;
 
-static DEVICE: LazyLock<CubeDevice> = LazyLock::new(|| {
-    let device = cubecl::Device::wgpu(cubecl::device::WgpuDeviceKind::Cpu)
-        .expect("an adapter of type CPU, such as Mesa's lavapipe");
-    CubeDevice::new(device.client())
-});
+static DEVICE: LazyLock<CubeDevice> = LazyLock::new(|| CubeDevice::new(client()));
 
-/// The device that is a program on the CPU.
+/// The emulator of a CUDA device.
+#[cfg(feature = "emulated-cuda")]
+fn client() -> cubecl::client::Client {
+    cuda_emulator::client()
+}
+
+/// The Vulkan device that is a program on the CPU.
+#[cfg(not(feature = "emulated-cuda"))]
+fn client() -> cubecl::client::Client {
+    cubecl::Device::wgpu(cubecl::device::WgpuDeviceKind::Cpu)
+        .expect("an adapter of type CPU, such as Mesa's lavapipe")
+        .client()
+}
+
+/// The device that is a program on the CPU: a Vulkan device, or with the feature `emulated-cuda` the emulator of a CUDA device.
 pub(super) fn device() -> CubeDevice {
     DEVICE.clone()
 }
+
+/// Element types that the device has.
+#[cfg(feature = "emulated-cuda")]
+pub(super) const DTYPES: &[DType] = &[DType::F32, DType::F16, DType::BF16];
+
+/// Element types that the device has: WebGPU's language has no bf16.
+#[cfg(not(feature = "emulated-cuda"))]
+pub(super) const DTYPES: &[DType] = &[DType::F32, DType::F16];
 
 /// Elements behind the end of every buffer, all NaN: whatever reads there is found out.
 const BORDER: usize = 7;
