@@ -59,7 +59,9 @@ pub(super) fn forward(
     if let Some(tiling) = launcher.tiling(problem, Kernel::Forward, &[query, key, value]) {
         let cube_rows = tiling.cube_rows() as u32;
         for records in waves {
-            for launch in launcher.tiled_rows_of_records(&table, &records, depth, rows, cube_rows)? {
+            for launch in
+                launcher.tiled_rows_of_records(&table, &records, depth, rows, cube_rows)?
+            {
                 matrix::attention::forward::launch(
                     launcher.device.client(),
                     launch.cubes,

@@ -73,6 +73,12 @@ impl Launcher {
         self.matrix_units = use_them.then(|| MatrixUnits::of(&self.device)).flatten();
     }
 
+    /// Has matrix units used as if the device did not take NVIDIA's assembly.
+    #[cfg(test)]
+    pub(super) fn avoid_assembly(&mut self) {
+        self.matrix_units = self.matrix_units.take().map(MatrixUnits::without_assembly);
+    }
+
     /// How a kernel divides its work, if matrix units do it; see [`MatrixUnits::tiling`].
     pub(super) fn tiling(
         &self,

@@ -79,13 +79,23 @@ impl MatrixUnits {
                 && multiplies(element)
                 && features.matmul.ldmatrix.contains(&element)
         };
-        let dtypes: Vec<DType> = [DType::F16, DType::BF16].into_iter().filter(serves).collect();
+        let dtypes: Vec<DType> = [DType::F16, DType::BF16]
+            .into_iter()
+            .filter(serves)
+            .collect();
         (!dtypes.is_empty()).then_some(Self {
             dtypes,
             shared_bytes: hardware.max_shared_memory_size,
             // What loads matrices and copies while it computes is compiled from CUDA C++.
             assembly: features.copy_async,
         })
+    }
+
+    /// The same, as if the device did not take NVIDIA's assembly.
+    #[cfg(test)]
+    pub(super) fn without_assembly(mut self) -> Self {
+        self.assembly = false;
+        self
     }
 
     /// How a kernel divides its work, if matrix units can do it: rows of 16-bit elements, their number a multiple of 16 up to 256,
@@ -99,7 +109,9 @@ impl MatrixUnits {
         let head_dim = problem.head_dim;
         let sizes = head_dim.is_multiple_of(16) && (16..=256).contains(&head_dim);
         let scaled = problem.scale.is_normal() && problem.scale > 0.0 && problem.scale < 1e30;
-        let typed = rows.iter().all(|rows| self.dtypes.contains(&rows.buffer.dtype()));
+        let typed = rows
+            .iter()
+            .all(|rows| self.dtypes.contains(&rows.buffer.dtype()));
         if !(sizes && scaled && typed) {
             return None;
         }

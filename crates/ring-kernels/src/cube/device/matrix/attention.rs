@@ -39,9 +39,29 @@ pub(crate) fn forward<F: Float, N: Size>(
     let mut keys = rows_in_shared_memory::<F>(comptime!(2 * tile));
     let mut values = rows_in_shared_memory::<F>(comptime!(2 * tile));
     let queries_from = query_rows(table, QUERY, &work);
-    fetch::<F, N>(query, &queries_from, own.first, own.count, &mut queries, 0usize, cube_rows, tiling);
-    fetch::<F, N>(key, &keys_from, 0usize, key_count, &mut keys, 0usize, tile_rows, tiling);
-    fetch::<F, N>(value, &values_from, 0usize, key_count, &mut values, 0usize, tile_rows, tiling);
+    fetch::<F, N>(
+        query,
+        &queries_from,
+        own.first,
+        own.count,
+        &mut queries,
+        0usize,
+        cube_rows,
+        tiling,
+    );
+    fetch::<F, N>(
+        key, &keys_from, 0usize, key_count, &mut keys, 0usize, tile_rows, tiling,
+    );
+    fetch::<F, N>(
+        value,
+        &values_from,
+        0usize,
+        key_count,
+        &mut values,
+        0usize,
+        tile_rows,
+        tiling,
+    );
     arrive(tiling);
     let queries_at = own.plane_first * comptime!(tiling.pitch());
     let held = hold::<F>(&queries, queries_at, &lane, tiling);
@@ -68,8 +88,19 @@ pub(crate) fn forward<F: Float, N: Size>(
         if t + 1 < tiles {
             let next = start + tile_rows;
             let there = tile - here;
-            fetch::<F, N>(key, &keys_from, next, key_count, &mut keys, there, tile_rows, tiling);
-            fetch::<F, N>(value, &values_from, next, key_count, &mut values, there, tile_rows, tiling);
+            fetch::<F, N>(
+                key, &keys_from, next, key_count, &mut keys, there, tile_rows, tiling,
+            );
+            fetch::<F, N>(
+                value,
+                &values_from,
+                next,
+                key_count,
+                &mut values,
+                there,
+                tile_rows,
+                tiling,
+            );
         }
         let mut scores = row_products::<F>(&held, &queries, queries_at, &keys, here, &lane, tiling);
         if start + tile_rows > own.fewest {
@@ -109,7 +140,8 @@ pub(crate) fn forward<F: Float, N: Size>(
             let pair = at * comptime!(tiling.head_dim) + UNIT_POS_X as usize % 4 * 2;
             #[unroll]
             for n in 0..comptime!(tiling.head_dim / 8) {
-                let sum = sums.index(comptime!(h / 2 * (tiling.head_dim / 8) + n))[comptime!(h % 2)];
+                let sum =
+                    sums.index(comptime!(h / 2 * (tiling.head_dim / 8) + n))[comptime!(h % 2)];
                 let to = pair + comptime!(8 * n);
                 output[to] = output[to] * of_before + sum.extract(0usize) * of_own;
                 output[to + 1] = output[to + 1] * of_before + sum.extract(1usize) * of_own;
@@ -125,10 +157,10 @@ pub(crate) fn forward<F: Float, N: Size>(
 /// Turns the scores of a tile into weights relative to the maxima so far, and what was summed before with them.
 #[cube]
 fn soften(
-    scores: &mut Sequence<Array<Vector<f32, Pair>>>,
+    scores: &mut Fragments<f32>,
     own_max: &mut Array<f32>,
     own_denominator: &mut Array<f32>,
-    sums: &mut Sequence<Array<Vector<f32, Pair>>>,
+    sums: &mut Fragments<f32>,
     exponent: f32,
     minus_infinity: f32,
     #[comptime] tiling: Tiling,

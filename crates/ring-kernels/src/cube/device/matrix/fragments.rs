@@ -42,7 +42,7 @@ pub(crate) fn lane(#[comptime] tiling: Tiling) -> Lane {
 
 /// Sums that are zero.
 #[cube]
-pub(crate) fn zeros(#[comptime] count: usize) -> Sequence<Array<Vector<f32, Pair>>> {
+pub(crate) fn zeros(#[comptime] count: usize) -> Fragments<f32> {
     let mut all = Sequence::new();
     #[unroll]
     for _ in 0..count {
@@ -75,7 +75,7 @@ fn load<F: Float>(
 fn multiply<F: Float>(
     left: &Array<Vector<F, Pair>>,
     right: &Array<Vector<F, Pair>>,
-    sums: &mut Sequence<Array<Vector<f32, Pair>>>,
+    sums: &mut Fragments<f32>,
     #[comptime] first: usize,
 ) {
     let definition = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
@@ -95,7 +95,7 @@ pub(crate) fn hold<F: Float>(
     rows_at: usize,
     lane: &Lane,
     #[comptime] tiling: Tiling,
-) -> Sequence<Array<Vector<F, Pair>>> {
+) -> Fragments<F> {
     let mut held = Sequence::new();
     if comptime!(tiling.rows_in_registers) {
         #[unroll]
@@ -127,20 +127,20 @@ fn left<F: Float>(
 /// eight rows `n` of the tile.
 #[cube]
 pub(crate) fn row_products<F: Float>(
-    held: &Sequence<Array<Vector<F, Pair>>>,
+    held: &Fragments<F>,
     rows: &Shared<[Vector<F, Eight>]>,
     rows_at: usize,
     tile: &Shared<[Vector<F, Eight>]>,
     tile_at: usize,
     lane: &Lane,
     #[comptime] tiling: Tiling,
-) -> Sequence<Array<Vector<f32, Pair>>> {
+) -> Fragments<f32> {
     let row_tiles = comptime!(tiling.row_tiles);
     let eights = comptime!(tiling.tile_rows / 8);
     let mut sums = zeros(comptime!(row_tiles * eights));
     #[unroll]
     for k in 0..comptime!(tiling.head_dim / 16) {
-        let mut loaded = Sequence::<Array<Vector<F, Pair>>>::new();
+        let mut loaded = Fragments::<F>::new();
         if comptime!(!tiling.rows_in_registers) {
             #[unroll]
             for r in 0..row_tiles {
@@ -155,7 +155,12 @@ pub(crate) fn row_products<F: Float>(
             for r in 0..row_tiles {
                 let first = comptime!(r * eights + 2 * n);
                 if comptime!(tiling.rows_in_registers) {
-                    multiply::<F>(held.index(comptime!(k * row_tiles + r)), &right, &mut sums, first);
+                    multiply::<F>(
+                        held.index(comptime!(k * row_tiles + r)),
+                        &right,
+                        &mut sums,
+                        first,
+                    );
                 } else {
                     multiply::<F>(loaded.index(r), &right, &mut sums, first);
                 }
@@ -169,10 +174,10 @@ pub(crate) fn row_products<F: Float>(
 /// rounded; sums `r * head_dim / 8 + n` are eight columns `n` of sixteen rows `r`.
 #[cube]
 pub(crate) fn add_weighted_rows<F: Float>(
-    weights: &Sequence<Array<Vector<f32, Pair>>>,
+    weights: &Fragments<f32>,
     tile: &Shared<[Vector<F, Eight>]>,
     tile_at: usize,
-    sums: &mut Sequence<Array<Vector<f32, Pair>>>,
+    sums: &mut Fragments<f32>,
     lane: &Lane,
     #[comptime] tiling: Tiling,
 ) {
@@ -180,7 +185,7 @@ pub(crate) fn add_weighted_rows<F: Float>(
     let eights = comptime!(tiling.tile_rows / 8);
     #[unroll]
     for k in 0..comptime!(eights / 2) {
-        let mut lefts = Sequence::<Array<Vector<F, Pair>>>::new();
+        let mut lefts = Fragments::<F>::new();
         #[unroll]
         for r in 0..row_tiles {
             let mut rounded = Array::<Vector<F, Pair>>::new(4usize);
@@ -240,7 +245,7 @@ pub(crate) fn sum_of_group(own: f32) -> f32 {
 /// at `border` and after it, or if `before` those before it.
 #[cube]
 pub(crate) fn hide(
-    products: &mut Sequence<Array<Vector<f32, Pair>>>,
+    products: &mut Fragments<f32>,
     border: &Array<u32>,
     start: usize,
     hidden: f32,
@@ -273,13 +278,17 @@ pub(crate) fn hide(
 #[cube]
 pub(crate) fn exponent_of(log_sum_exp: f32, minus_infinity: f32) -> f32 {
     let nothing = log_sum_exp == minus_infinity;
-    choose(nothing, -minus_infinity, log_sum_exp * core::f32::consts::LOG2_E)
+    choose(
+        nothing,
+        -minus_infinity,
+        log_sum_exp * core::f32::consts::LOG2_E,
+    )
 }
 
 /// Adds the sums of half `h` of a unit, times `factor`, to the row that begins at `at`.
 #[cube]
 pub(crate) fn add_to_row(
-    sums: &Sequence<Array<Vector<f32, Pair>>>,
+    sums: &Fragments<f32>,
     #[comptime] h: usize,
     factor: f32,
     target: &mut [f32],

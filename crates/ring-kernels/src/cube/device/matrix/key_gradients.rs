@@ -65,14 +65,25 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
     let first = CUBE_POS_X as usize * cube_rows;
     let last = least(first + cube_rows, key_count) - 1;
     let plane_first = UNIT_POS_Y as usize * comptime!(tiling.plane_rows());
-    let plane_last = least(first + plane_first + comptime!(tiling.plane_rows()) - 1, last);
+    let plane_last = least(
+        first + plane_first + comptime!(tiling.plane_rows()) - 1,
+        last,
+    );
     // The first key of the cube is seen by the most queries, the last of the plane by the fewest.
-    let earliest = either(first < key_count, first_seeing(table, work.record, least(first, last)), query_count);
+    let earliest = either(
+        first < key_count,
+        first_seeing(table, work.record, least(first, last)),
+        query_count,
+    );
     let latest = first_seeing(table, work.record, plane_last) as u32;
 
     let tile = comptime!(tiling.tile_vectors());
     let mut keys = rows_in_shared_memory::<F>(comptime!(tiling.cube_vectors()));
-    let mut values = rows_in_shared_memory::<F>(comptime!(if gradients.keys() { tiling.cube_vectors() } else { 1 }));
+    let mut values = rows_in_shared_memory::<F>(comptime!(if gradients.keys() {
+        tiling.cube_vectors()
+    } else {
+        1
+    }));
     let mut queries = rows_in_shared_memory::<F>(comptime!(2 * tile));
     let mut grads = rows_in_shared_memory::<F>(comptime!(2 * tile));
     let mut log_sum_exps = Shared::<[f32]>::new_slice(comptime!(2 * tile_rows));
@@ -80,23 +91,75 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
 
     let keys_from = key_rows(table, KEY, &work);
     let values_from = key_rows(table, VALUE, &work);
-    fetch::<F, N>(key, &keys_from, first, key_count, &mut keys, 0usize, cube_rows, tiling);
+    fetch::<F, N>(
+        key, &keys_from, first, key_count, &mut keys, 0usize, cube_rows, tiling,
+    );
     if comptime!(gradients.keys()) {
-        fetch::<F, N>(value, &values_from, first, key_count, &mut values, 0usize, cube_rows, tiling);
+        fetch::<F, N>(
+            value,
+            &values_from,
+            first,
+            key_count,
+            &mut values,
+            0usize,
+            cube_rows,
+            tiling,
+        );
     }
     let tiles = (query_count - earliest).div_ceil(tile_rows);
     let all_tiles = group * tiles;
     if all_tiles > 0 {
         let heads = heads_of_member(table, &work, 0usize);
-        fetch::<F, N>(query, &heads.queries, earliest, query_count, &mut queries, 0usize, tile_rows, tiling);
-        fetch::<F, N>(grad_output, &heads.grads, earliest, query_count, &mut grads, 0usize, tile_rows, tiling);
-        fetch_numbers(log_sum_exp, &heads.state, earliest, query_count, &mut log_sum_exps, 0usize, minus_infinity, tiling);
-        fetch_numbers(delta, &heads.state, earliest, query_count, &mut deltas, 0usize, 0.0f32, tiling);
+        fetch::<F, N>(
+            query,
+            &heads.queries,
+            earliest,
+            query_count,
+            &mut queries,
+            0usize,
+            tile_rows,
+            tiling,
+        );
+        fetch::<F, N>(
+            grad_output,
+            &heads.grads,
+            earliest,
+            query_count,
+            &mut grads,
+            0usize,
+            tile_rows,
+            tiling,
+        );
+        fetch_numbers(
+            log_sum_exp,
+            &heads.state,
+            earliest,
+            query_count,
+            &mut log_sum_exps,
+            0usize,
+            minus_infinity,
+            tiling,
+        );
+        fetch_numbers(
+            delta,
+            &heads.state,
+            earliest,
+            query_count,
+            &mut deltas,
+            0usize,
+            0.0f32,
+            tiling,
+        );
     }
     arrive(tiling);
     let rows_at = plane_first * comptime!(tiling.pitch());
     let held_keys = hold::<F>(&keys, rows_at, &lane, tiling);
-    let held_values = hold::<F>(&values, rows_at, &lane, comptime!(gradients.values_tiling(tiling)));
+    let held_values = hold::<F>(
+        &values,
+        rows_at,
+        &lane,
+        comptime!(gradients.values_tiling(tiling)),
+    );
 
     let halves = comptime!(2 * tiling.row_tiles);
     let mut seen_from = Array::<u32>::new(halves);
@@ -123,12 +186,50 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
             let rows_there = tile - rows_here;
             let numbers_there = tile_rows - numbers_here;
             let heads = heads_of_member(table, &work, (u + 1) / tiles);
-            fetch::<F, N>(query, &heads.queries, next, query_count, &mut queries, rows_there, tile_rows, tiling);
-            fetch::<F, N>(grad_output, &heads.grads, next, query_count, &mut grads, rows_there, tile_rows, tiling);
-            fetch_numbers(log_sum_exp, &heads.state, next, query_count, &mut log_sum_exps, numbers_there, minus_infinity, tiling);
-            fetch_numbers(delta, &heads.state, next, query_count, &mut deltas, numbers_there, 0.0f32, tiling);
+            fetch::<F, N>(
+                query,
+                &heads.queries,
+                next,
+                query_count,
+                &mut queries,
+                rows_there,
+                tile_rows,
+                tiling,
+            );
+            fetch::<F, N>(
+                grad_output,
+                &heads.grads,
+                next,
+                query_count,
+                &mut grads,
+                rows_there,
+                tile_rows,
+                tiling,
+            );
+            fetch_numbers(
+                log_sum_exp,
+                &heads.state,
+                next,
+                query_count,
+                &mut log_sum_exps,
+                numbers_there,
+                minus_infinity,
+                tiling,
+            );
+            fetch_numbers(
+                delta,
+                &heads.state,
+                next,
+                query_count,
+                &mut deltas,
+                numbers_there,
+                0.0f32,
+                tiling,
+            );
         }
-        let mut scores = row_products::<F>(&held_keys, &keys, rows_at, &queries, rows_here, &lane, tiling);
+        let mut scores = row_products::<F>(
+            &held_keys, &keys, rows_at, &queries, rows_here, &lane, tiling,
+        );
         if (start as u32) < latest {
             hide(&mut scores, &seen_from, start, minus_infinity, true, tiling);
         }
@@ -137,7 +238,8 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
         for n in 0..comptime!(tile_rows / 8) {
             #[unroll]
             for i in 0..2usize {
-                let shift = exponent_of(log_sum_exps[column + comptime!(8 * n + i)], minus_infinity);
+                let shift =
+                    exponent_of(log_sum_exps[column + comptime!(8 * n + i)], minus_infinity);
                 #[unroll]
                 for h in 0..halves {
                     let fragment = scores.index_mut(comptime!(h / 2 * (tile_rows / 8) + n));
@@ -151,7 +253,15 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
             add_weighted_rows::<F>(&scores, &grads, rows_here, &mut value_sums, &lane, tiling);
         }
         if comptime!(gradients.keys()) {
-            let products = row_products::<F>(&held_values, &values, rows_at, &grads, rows_here, &lane, tiling);
+            let products = row_products::<F>(
+                &held_values,
+                &values,
+                rows_at,
+                &grads,
+                rows_here,
+                &lane,
+                tiling,
+            );
             #[unroll]
             for n in 0..comptime!(tile_rows / 8) {
                 #[unroll]
@@ -179,10 +289,24 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
         let row = first + plane_first + row_of_half(h);
         if row < key_count {
             if comptime!(gradients.keys()) {
-                add_to_row(&key_sums, h, scale, grad_key, keys_to.start + row * keys_to.stride, tiling);
+                add_to_row(
+                    &key_sums,
+                    h,
+                    scale,
+                    grad_key,
+                    keys_to.start + row * keys_to.stride,
+                    tiling,
+                );
             }
             if comptime!(gradients.values()) {
-                add_to_row(&value_sums, h, output_scale, grad_value, values_to.start + row * values_to.stride, tiling);
+                add_to_row(
+                    &value_sums,
+                    h,
+                    output_scale,
+                    grad_value,
+                    values_to.start + row * values_to.stride,
+                    tiling,
+                );
             }
         }
     }

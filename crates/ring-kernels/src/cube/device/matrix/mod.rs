@@ -5,6 +5,9 @@
 //! 16 x 8 x 16 instructions. What one product leaves in registers is what the next takes from registers: weights never go
 //! through memory. See [`fragments`] for how registers are laid out.
 //!
+//! Planes have rows of zeros for rows that their record does not have, and tiles too: what they hold never comes from beyond a
+//! tensor, and counts for nothing.
+//!
 //! Products take elements of the input type and add up in f32. So weights, and the gradients of scores, are rounded to the input
 //! type before the second product; maxima, denominators and everything else stays f32.
 

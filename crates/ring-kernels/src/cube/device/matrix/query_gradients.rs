@@ -40,10 +40,39 @@ pub(crate) fn query_gradients<F: Float, N: Size>(
     let mut values = rows_in_shared_memory::<F>(comptime!(2 * tile));
     let queries_from = query_rows(table, QUERY, &work);
     let grads_from = query_rows(table, GRAD_OUTPUT, &work);
-    fetch::<F, N>(query, &queries_from, own.first, own.count, &mut queries, 0usize, cube_rows, tiling);
-    fetch::<F, N>(grad_output, &grads_from, own.first, own.count, &mut grads, 0usize, cube_rows, tiling);
-    fetch::<F, N>(key, &keys_from, 0usize, key_count, &mut keys, 0usize, tile_rows, tiling);
-    fetch::<F, N>(value, &values_from, 0usize, key_count, &mut values, 0usize, tile_rows, tiling);
+    fetch::<F, N>(
+        query,
+        &queries_from,
+        own.first,
+        own.count,
+        &mut queries,
+        0usize,
+        cube_rows,
+        tiling,
+    );
+    fetch::<F, N>(
+        grad_output,
+        &grads_from,
+        own.first,
+        own.count,
+        &mut grads,
+        0usize,
+        cube_rows,
+        tiling,
+    );
+    fetch::<F, N>(
+        key, &keys_from, 0usize, key_count, &mut keys, 0usize, tile_rows, tiling,
+    );
+    fetch::<F, N>(
+        value,
+        &values_from,
+        0usize,
+        key_count,
+        &mut values,
+        0usize,
+        tile_rows,
+        tiling,
+    );
 
     // The last row of the cube stands in for rows beyond it.
     let halves = comptime!(2 * tiling.row_tiles);
@@ -75,14 +104,27 @@ pub(crate) fn query_gradients<F: Float, N: Size>(
         if t + 1 < tiles {
             let next = start + tile_rows;
             let there = tile - here;
-            fetch::<F, N>(key, &keys_from, next, key_count, &mut keys, there, tile_rows, tiling);
-            fetch::<F, N>(value, &values_from, next, key_count, &mut values, there, tile_rows, tiling);
+            fetch::<F, N>(
+                key, &keys_from, next, key_count, &mut keys, there, tile_rows, tiling,
+            );
+            fetch::<F, N>(
+                value,
+                &values_from,
+                next,
+                key_count,
+                &mut values,
+                there,
+                tile_rows,
+                tiling,
+            );
         }
-        let mut scores = row_products::<F>(&held_queries, &queries, rows_at, &keys, here, &lane, tiling);
+        let mut scores =
+            row_products::<F>(&held_queries, &queries, rows_at, &keys, here, &lane, tiling);
         if start + tile_rows > own.fewest {
             hide(&mut scores, &seen, start, minus_infinity, false, tiling);
         }
-        let products = row_products::<F>(&held_grads, &grads, rows_at, &values, here, &lane, tiling);
+        let products =
+            row_products::<F>(&held_grads, &grads, rows_at, &values, here, &lane, tiling);
         #[unroll]
         for h in 0..halves {
             let shift = exponent_of(own_log_sum_exp[h], minus_infinity);
@@ -95,7 +137,10 @@ pub(crate) fn query_gradients<F: Float, N: Size>(
                 #[unroll]
                 for i in 0..2usize {
                     let weight = power_of_two(score.extract(i) * exponent - shift, tiling);
-                    gradient.insert(i, weight * (product.extract(i) * output_scale - own_delta[h]));
+                    gradient.insert(
+                        i,
+                        weight * (product.extract(i) * output_scale - own_delta[h]),
+                    );
                 }
                 scores.index_mut(fragment)[comptime!(h % 2)] = gradient;
             }

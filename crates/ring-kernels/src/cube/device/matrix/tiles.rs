@@ -45,9 +45,27 @@ pub(crate) fn fetch<F: Float, N: Size>(
             column = unit_column;
         }
         if comptime!((pass + 1) * units <= vectors) {
-            fetch_vector::<F, N>(source, from, first + row, count, column, shared, to + row * comptime!(tiling.pitch()) + column, tiling);
+            fetch_vector::<F, N>(
+                source,
+                from,
+                first + row,
+                count,
+                column,
+                shared,
+                to + row * comptime!(tiling.pitch()) + column,
+                tiling,
+            );
         } else if vector < vectors {
-            fetch_vector::<F, N>(source, from, first + row, count, column, shared, to + row * comptime!(tiling.pitch()) + column, tiling);
+            fetch_vector::<F, N>(
+                source,
+                from,
+                first + row,
+                count,
+                column,
+                shared,
+                to + row * comptime!(tiling.pitch()) + column,
+                tiling,
+            );
         }
     }
 }
