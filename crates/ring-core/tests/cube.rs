@@ -1,9 +1,11 @@
-//! The drivers with the CubeCL kernels on wgpu's CPU adapter (Mesa's lavapipe), several ranks over staged loopback, against
-//! those with the kernels of the CPU, which the oracle judges.
+//! The drivers with the CubeCL kernels, several ranks over staged loopback, against those with the kernels of the CPU, which the
+//! oracle judges. The device is wgpu's CPU adapter (Mesa's lavapipe), or with the feature `emulated-cuda` the emulator of a CUDA
+//! device.
+#![cfg(any(feature = "wgpu", feature = "emulated-cuda"))]
 
 use std::{sync::Arc, time::Duration};
 
-use half::f16;
+use half::{bf16, f16};
 use ring_comm::{
     Communicator, Loopback, Staged,
     buffer::{Buffer, DType, HostBuffer},
@@ -11,7 +13,7 @@ use ring_comm::{
 use ring_core::{AttentionSpec, Inputs, Pattern, Plan, Saved, Shape, Sharding, backward, forward};
 use ring_kernels::{
     CpuKernels, CubeBuffer, CubeDevice, CubeKernels, Kernels, RowLayout, Tensor,
-    cubecl::{Device, device::WgpuDeviceKind},
+    cubecl::client::Client,
 };
 
 const RANKS: usize = 3;
@@ -36,7 +38,8 @@ fn numbers(len: usize, seed: u64, dtype: DType) -> HostBuffer {
     let values = (0..len).map(|_| next());
     match dtype {
         DType::F16 => HostBuffer::F16(values.map(f16::from_f32).collect()),
-        _ => HostBuffer::F32(values.collect()),
+        DType::BF16 => HostBuffer::BF16(values.map(bf16::from_f32).collect()),
+        DType::F32 => HostBuffer::F32(values.collect()),
     }
 }
 
@@ -148,10 +151,28 @@ fn relative_error(got: &HostBuffer, expected: &HostBuffer) -> f64 {
     error / norm(&mut expected.iter().copied())
 }
 
+#[cfg(feature = "emulated-cuda")]
+fn client() -> Client {
+    cuda_emulator::client()
+}
+
+#[cfg(not(feature = "emulated-cuda"))]
+fn client() -> Client {
+    let kind = ring_kernels::cubecl::device::WgpuDeviceKind::Cpu;
+    ring_kernels::cubecl::Device::wgpu(kind).unwrap().client()
+}
+
+/// Element types that the device has, and relative errors.
+const DTYPES: &[(DType, f64)] = &[
+    (DType::F32, 1e-5),
+    (DType::F16, 1e-3),
+    #[cfg(feature = "emulated-cuda")]
+    (DType::BF16, 1e-2),
+];
+
 #[test]
 fn ranks_on_a_device_compute_what_ranks_on_the_cpu_do() {
-    let device = Device::wgpu(WgpuDeviceKind::Cpu).unwrap();
-    let device = CubeDevice::new(device.client());
+    let device = CubeDevice::new(client());
     let longnet = Pattern::dilated(&[32, 96, 200], &[1, 2, 4]).unwrap();
     for (pattern, sharding) in [
         (Pattern::full(), Sharding::Contiguous),
@@ -159,7 +180,7 @@ fn ranks_on_a_device_compute_what_ranks_on_the_cpu_do() {
         (longnet.clone().causal(), Sharding::Contiguous),
         (longnet, Sharding::Zigzag),
     ] {
-        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 1e-3)] {
+        for (dtype, tolerance) in DTYPES.iter().copied() {
             let spec = AttentionSpec::new(pattern.clone(), SHAPE, 200)
                 .and_then(|spec| spec.sharded(sharding, RANKS))
                 .unwrap()

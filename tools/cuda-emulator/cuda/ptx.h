@@ -1,6 +1,7 @@
 // PTX instructions, by name with `_` for what is no letter or digit. Registers that are written come first.
 #pragma once
 
+#include "barrier.h"
 #include "matrix.h"
 
 inline uint32_t __cvta_generic_to_shared(const void* pointer, uint32_t line = __builtin_LINE()) {
@@ -82,6 +83,41 @@ inline void lg2_approx_f32(float& d, float a) { d = log2f(a); }
 inline void lg2_approx_ftz_f32(float& d, float a) { d = log2f(a); }
 inline void rcp_approx_f32(float& d, float a) { d = 1.0f / a; }
 inline void rcp_approx_ftz_f32(float& d, float a) { d = 1.0f / a; }
+
+// Copies from global to shared memory that go on by themselves.
+inline void cp_async(uint32_t shared, const void* global, uint32_t bytes, uint32_t read, uint32_t line) {
+    cuda_emulator_begin_copy(shared_address("cp.async", shared, bytes, line), global, bytes, read);
+}
+
+#define CUDA_EMULATOR_COPY(name)                                                                                       \
+    inline void name(uint32_t shared, const void* global, uint32_t bytes, uint32_t read,                               \
+                     uint32_t line = __builtin_LINE()) {                                                               \
+        cp_async(shared, global, bytes, read, line);                                                                   \
+    }                                                                                                                  \
+    inline void name(uint32_t shared, const void* global, uint32_t bytes) {                                            \
+        cp_async(shared, global, bytes, bytes, 0);                                                                     \
+    }
+
+CUDA_EMULATOR_COPY(cp_async_ca_shared__cta_global)
+CUDA_EMULATOR_COPY(cp_async_cg_shared__cta_global)
+CUDA_EMULATOR_COPY(cp_async_ca_shared_global)
+CUDA_EMULATOR_COPY(cp_async_cg_shared_global)
+#undef CUDA_EMULATOR_COPY
+
+inline void cp_async_commit_group() { cuda_emulator_commit_copies(nullptr); }
+inline void cp_async_wait_group(uint32_t last) { cuda_emulator_complete_groups(last); }
+inline void cp_async_wait_all() {
+    cuda_emulator_commit_copies(nullptr);
+    cuda_emulator_complete_groups(0);
+}
+
+// The copies that the thread has begun arrive at the barrier when they are done; it waits for that too.
+inline void cp_async_mbarrier_arrive_shared__cta_b64(uint32_t address, uint32_t line = __builtin_LINE()) {
+    using Barrier = ::cuda::barrier<::cuda::thread_scope_block>;
+    auto* const barrier = reinterpret_cast<Barrier*>(shared_address("cp.async.mbarrier", address, 8, line));
+    cuda_emulator_commit_copies(barrier);
+    barrier->add_pending(1);
+}
 
 // Two f32 to two halves in a register: `a` becomes the upper one.
 inline void cvt_rn_f16x2_f32(uint32_t& d, float a, float b) { d = __half(b).bits | __half(a).bits << 16; }

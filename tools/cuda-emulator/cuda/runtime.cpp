@@ -32,6 +32,22 @@ constexpr size_t STACK = 256 * 1024;
 
 enum Order : uint32_t { ascending, descending, random_order };
 
+// A copy that is not done yet.
+struct Copy {
+    uint32_t thread;
+    char* destination;
+    const char* source;
+    uint32_t bytes;
+    uint32_t read;
+};
+
+// Copies that are done together: for a barrier, or a group of a thread.
+struct Copies {
+    uint32_t thread;
+    const void* barrier;
+    std::vector<Copy> copies;
+};
+
 // Stacks and records, used by one block after the other.
 struct Workspace {
     char* stacks = nullptr;
@@ -40,6 +56,8 @@ struct Workspace {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     std::vector<uint32_t> order;
+    std::vector<Copy> begun;
+    std::vector<Copies> committed;
     Block block{};
     void* scheduler = nullptr;
     void (*entry)(void**) = nullptr;
@@ -329,6 +347,64 @@ extern "C" void cuda_emulator_poll(uint32_t line) {
     to_scheduler();
 }
 
+extern "C" void cuda_emulator_begin_copy(void* destination, const void* source, uint32_t bytes, uint32_t read) {
+    if (reinterpret_cast<uintptr_t>(destination) % bytes != 0 || reinterpret_cast<uintptr_t>(source) % bytes != 0) {
+        if (bytes == 4 || bytes == 8 || bytes == 16) {
+            cuda_emulator_fail("a copy of %u bytes from %p to %p: both must be multiples of %u", bytes, source, destination,
+                               bytes);
+        }
+    }
+    memset(destination, 0xFF, bytes);
+    workspace->begun.push_back({cuda_emulator_fiber->index, static_cast<char*>(destination),
+                                static_cast<const char*>(source), bytes, std::min(bytes, read)});
+}
+
+extern "C" void cuda_emulator_commit_copies(const void* barrier) {
+    Copies committed{cuda_emulator_fiber->index, barrier, {}};
+    auto& begun = workspace->begun;
+    const auto others = std::stable_partition(
+        begun.begin(), begun.end(), [&](const Copy& copy) { return copy.thread != committed.thread; });
+    committed.copies.assign(others, begun.end());
+    begun.erase(others, begun.end());
+    workspace->committed.push_back(std::move(committed));
+}
+
+namespace {
+
+void complete(const Copies& committed) {
+    for (const Copy& copy : committed.copies) {
+        memcpy(copy.destination, copy.source, copy.read);
+        memset(copy.destination + copy.read, 0, copy.bytes - copy.read);
+    }
+}
+
+}  // namespace
+
+extern "C" uint32_t cuda_emulator_complete_copies(const void* barrier) {
+    uint32_t count = 0;
+    std::erase_if(workspace->committed, [&](const Copies& committed) {
+        if (committed.barrier != barrier) return false;
+        complete(committed);
+        count += 1;
+        return true;
+    });
+    return count;
+}
+
+extern "C" void cuda_emulator_complete_groups(uint32_t last) {
+    const uint32_t thread = cuda_emulator_fiber->index;
+    const auto own = [&](const Copies& committed) { return committed.barrier == nullptr && committed.thread == thread; };
+    auto& all = workspace->committed;
+    const size_t groups = std::count_if(all.begin(), all.end(), own);
+    size_t left = groups > last ? groups - last : 0;
+    std::erase_if(all, [&](const Copies& committed) {
+        if (left == 0 || !own(committed)) return false;
+        complete(committed);
+        left -= 1;
+        return true;
+    });
+}
+
 extern "C" Workspace* cuda_emulator_workspace(uint32_t threads) {
     const size_t page = sysconf(_SC_PAGESIZE);
     auto work = std::make_unique<Workspace>();
@@ -371,6 +447,8 @@ extern "C" int cuda_emulator_run_block(
     work->entry = launch->entry;
     work->arguments = launch->arguments;
     work->failed = false;
+    work->begun.clear();
+    work->committed.clear();
     work->message = message;
     work->message_bytes = message_bytes;
     for (uint32_t i = 0; i < (threads + WARP - 1) / WARP; ++i) {

@@ -100,3 +100,16 @@ extern "C" uint32_t cuda_emulator_warp_operation(
 
 // Lets other fibers run, until something has happened.
 extern "C" void cuda_emulator_poll(uint32_t line);
+
+// Begins a copy of this thread, of `read` bytes and zeros up to `bytes`. Until it is done, the destination holds NaN.
+extern "C" void cuda_emulator_begin_copy(void* destination, const void* source, uint32_t bytes, uint32_t read);
+
+// The copies that this thread has begun since it last did this: they are done when somebody waits for `barrier`, or, if that is
+// null, when the thread itself waits for its groups of copies.
+extern "C" void cuda_emulator_commit_copies(const void* barrier);
+
+// Does the copies that belong to a barrier. Returns how often they were committed.
+extern "C" uint32_t cuda_emulator_complete_copies(const void* barrier);
+
+// Does the copies of this thread, but for its `last` groups.
+extern "C" void cuda_emulator_complete_groups(uint32_t last);

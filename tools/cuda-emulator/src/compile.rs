@@ -25,6 +25,13 @@ pub(crate) const HEADERS: &[(&str, &str)] = &[
     ("ptx.h", include_str!("../cuda/ptx.h")),
     ("matrix.h", include_str!("../cuda/matrix.h")),
     ("mma.h", include_str!("../cuda/mma.h")),
+    ("barrier.h", include_str!("../cuda/barrier.h")),
+    ("cuda/barrier", "#include \"barrier.h\"\n"),
+    ("cooperative_groups.h", "#include \"barrier.h\"\n"),
+    (
+        "cooperative_groups/memcpy_async.h",
+        "#include \"barrier.h\"\n",
+    ),
     ("halves.h", include_str!("../cuda/halves.h")),
     ("cuda_fp16.h", include_str!("../cuda/cuda_fp16.h")),
     ("cuda_bf16.h", include_str!("../cuda/cuda_bf16.h")),
@@ -59,24 +66,44 @@ pub(crate) fn runtime() -> Result<PathBuf, EmulatorError> {
     object("runtime", RUNTIME, &["-pthread"])
 }
 
-/// The shared object of a kernel with its CUDA source.
-pub(crate) fn kernel(name: &str, cuda: &str) -> Result<PathBuf, EmulatorError> {
-    dump(name, cuda)?;
-    let translated = translate::translate(cuda, name)?;
+/// A kernel as CubeCL's CUDA compiler writes it.
+pub(crate) struct Source<'a> {
+    /// The name of its function.
+    pub(crate) name: &'a str,
+    /// What tells it from kernels that were made of the same function.
+    pub(crate) variant: &'a str,
+    /// The text.
+    pub(crate) cuda: &'a str,
+    /// Bytes of shared memory that a launch asks for.
+    pub(crate) shared_bytes: usize,
+}
+
+/// The shared object of a kernel.
+pub(crate) fn kernel(source: &Source<'_>) -> Result<PathBuf, EmulatorError> {
+    let name = source.name;
+    let cuda = translate::renumber(source.cuda);
+    dump(source, &cuda)?;
+    let translated = translate::translate(&cuda, name)?;
     object(name, &translated, KERNEL_OPTIONS)
 }
 
-/// Writes a source to the folder for sources, if there is one.
-fn dump(name: &str, cuda: &str) -> Result<(), EmulatorError> {
+/// Writes a source to the folder for sources, if there is one. Its last lines tell what the text does not.
+fn dump(source: &Source<'_>, cuda: &str) -> Result<(), EmulatorError> {
     let Some(folder) = std::env::var_os(SOURCES).map(PathBuf::from) else {
         return Ok(());
     };
     let mut hasher = Fnv::default();
     cuda.hash(&mut hasher);
-    let name = short(name);
+    let name = short(source.name);
     let path = folder.join(format!("{name}-{:016x}.cu", hasher.finish()));
     fs::create_dir_all(&folder).map_err(file(&folder))?;
-    write_at_once(&path, cuda)
+    let variant: Vec<_> = source.variant.split_whitespace().collect();
+    let text = format!(
+        "{cuda}\n// shared memory: {} bytes\n// variant: {}\n",
+        source.shared_bytes,
+        variant.join(" ")
+    );
+    write_at_once(&path, &text)
 }
 
 /// Compiles, if the cache does not have it.

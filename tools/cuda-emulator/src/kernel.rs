@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
-use crate::compile;
+use crate::compile::{self, Source};
 use crate::error::EmulatorError;
 use crate::memory::GuardedMemory;
 use crate::order::Order;
@@ -42,15 +42,10 @@ pub(crate) struct Argument {
 }
 
 impl Kernel {
-    /// Compiles and loads the kernel `name` of a CUDA source, for blocks of the given dimensions.
-    pub(crate) fn load(
-        name: &str,
-        cuda: &str,
-        dimensions: [u32; 3],
-        shared_bytes: usize,
-    ) -> Result<Self, EmulatorError> {
+    /// Compiles and loads a kernel, for blocks of the given dimensions.
+    pub(crate) fn load(source: &Source<'_>, dimensions: [u32; 3]) -> Result<Self, EmulatorError> {
         Runtime::get()?;
-        let path = compile::kernel(name, cuda)?;
+        let path = compile::kernel(source)?;
         let failed = |source| EmulatorError::Load {
             path: path.clone(),
             source,
@@ -75,11 +70,11 @@ impl Kernel {
             .take_while(|&bytes| bytes > 0)
             .collect();
         Ok(Self {
-            name: name.to_string(),
+            name: source.name.to_string(),
             entry,
             arguments,
             dimensions,
-            shared_bytes,
+            shared_bytes: source.shared_bytes,
             _library: library,
         })
     }

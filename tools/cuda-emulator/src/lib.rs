@@ -52,11 +52,22 @@ mod storage;
 #[cfg(feature = "device")]
 mod translate;
 
-/// A client of the device. There is one device in a process: all clients are of the same.
 #[cfg(feature = "device")]
-pub fn client() -> cubecl_core::client::Client {
-    cubecl_core::client::Client::load::<server::EmulatorServer>(cubecl_common::device::DeviceId {
-        type_id: 0,
-        index_id: 0,
-    })
+pub use order::Order;
+
+/// A client of the device. There is one such device in a process: all clients are of the same.
+#[cfg(feature = "device")]
+pub fn client() -> cubecl::client::Client {
+    device(order::DEVICE_OF_ENVIRONMENT)
+}
+
+/// A client of the device on which threads take turns in this order, whatever the variable says.
+#[cfg(feature = "device")]
+pub fn client_with_order(order: Order) -> cubecl::client::Client {
+    device(order.device())
+}
+
+#[cfg(feature = "device")]
+fn device(id: cubecl_common::device::DeviceId) -> cubecl::client::Client {
+    cubecl::client::Client::load::<server::EmulatorServer>(id)
 }

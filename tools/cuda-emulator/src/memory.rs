@@ -113,7 +113,7 @@ fn page_size() -> usize {
 
 /// A part of an allocation, which it keeps.
 #[derive(Clone, Debug)]
-pub struct Resource {
+pub(crate) struct Resource {
     memory: Arc<GuardedMemory>,
     offset: usize,
     len: usize,
@@ -131,18 +131,13 @@ impl Resource {
     }
 
     /// The first byte. Kernels that were launched are done.
-    pub fn start(&self) -> *mut u8 {
+    pub(crate) fn start(&self) -> *mut u8 {
         self.memory.start().wrapping_add(self.offset)
     }
 
     /// Bytes.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
     }
 
     /// A copy of the bytes.

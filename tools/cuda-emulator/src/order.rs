@@ -1,21 +1,55 @@
 //! In what order the threads of a block take turns.
 
+use cubecl_common::device::DeviceId;
+
 use crate::error::EmulatorError;
 
 /// The variable that says so.
 const VARIABLE: &str = "CUDA_EMULATOR_ORDER";
 
-/// In what order the threads of a block take turns.
+/// The device whose order the variable tells.
+pub(crate) const DEVICE_OF_ENVIRONMENT: DeviceId = DeviceId {
+    type_id: 0,
+    index_id: 0,
+};
+
+/// In what order the threads of a block take turns, each until it has to wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Order {
+pub enum Order {
+    /// The first thread first.
     Ascending,
+    /// The last thread first.
     Descending,
-    Random { seed: u64 },
+    /// A new order in every round.
+    Random {
+        /// The same seed gives the same orders.
+        seed: u16,
+    },
 }
 
 impl Order {
+    /// The device with this order.
+    pub(crate) fn device(self) -> DeviceId {
+        let (type_id, index_id) = match self {
+            Self::Ascending => (1, 0),
+            Self::Descending => (1, 1),
+            Self::Random { seed } => (2, seed),
+        };
+        DeviceId { type_id, index_id }
+    }
+
+    /// The order of a device.
+    pub(crate) fn of(device: DeviceId) -> Result<Self, EmulatorError> {
+        match (device.type_id, device.index_id) {
+            (1, 0) => Ok(Self::Ascending),
+            (1, 1) => Ok(Self::Descending),
+            (2, seed) => Ok(Self::Random { seed }),
+            _ => Self::from_env(),
+        }
+    }
+
     /// What the variable says.
-    pub(crate) fn from_env() -> Result<Self, EmulatorError> {
+    fn from_env() -> Result<Self, EmulatorError> {
         std::env::var(VARIABLE).map_or(Ok(Self::Ascending), |value| Self::parse(&value))
     }
 
@@ -38,7 +72,7 @@ impl Order {
         match self {
             Self::Ascending => (0, 0),
             Self::Descending => (1, 0),
-            Self::Random { seed } => (2, seed),
+            Self::Random { seed } => (2, seed.into()),
         }
     }
 }

@@ -1,17 +1,19 @@
 //! What the device says of itself: what CubeCL's CUDA runtime says of compute capability 9.0, as far as it is emulated.
 
-use cubecl_common::profile::TimingMethod;
-use cubecl_core::cmma::MatrixLayout;
-use cubecl_core::ir::features::{MmaConfig, Plane};
-use cubecl_core::ir::{
-    ContiguousElements, DeviceIdentity, DeviceProperties, ElemType, FloatKind, HardwareProperties,
-    MemoryDeviceProperties, MmaProperties, TargetProperties, VectorSize,
+use cubecl::cmma::MatrixLayout;
+use cubecl::ir::features::{MmaConfig, Plane, TypeUsage};
+use cubecl::ir::{
+    AddressType, ContiguousElements, DeviceIdentity, DeviceProperties, ElemType, FloatKind,
+    HardwareProperties, IntKind, MemoryDeviceProperties, MmaProperties, OpaqueType,
+    TargetProperties, UIntKind, VectorSize,
 };
+use cubecl_common::profile::TimingMethod;
 use cubecl_cpp::cuda::arch::CudaArchitecture;
-use cubecl_cpp::cuda::mma::manual::contiguous_elements_cuda;
+use cubecl_cpp::cuda::mma::{CudaCmmaCompiler, manual::contiguous_elements_cuda};
 use cubecl_cpp::cuda::supported_mma_combinations;
-use cubecl_cpp::register_supported_types;
-use cubecl_cpp::shared::{CompilationOptions, CppSupportedFeatures, register_mma_features};
+use cubecl_cpp::shared::{
+    CompilationOptions, CppSupportedFeatures, register_mma_features, register_wmma_features,
+};
 
 use crate::memory::ALIGNMENT;
 
@@ -78,22 +80,49 @@ pub(crate) fn device_properties() -> DeviceProperties {
             physical: None,
         },
     );
-    register_supported_types(&mut properties);
+    register_types(&mut properties);
     let features = &mut properties.features;
     for half in halves() {
         features.matmul.ldmatrix.insert(half);
         features.matmul.stmatrix.insert(half);
     }
+    features.copy_async = true;
     features.memory_reinterpret = true;
     features.alignment = true;
     features.device_memory_scope = true;
     features.plane.insert(Plane::Ops);
     features.plane.insert(Plane::Sync);
+    properties.register_opaque_type(OpaqueType::Barrier);
+    let cmma = CudaCmmaCompiler::Cpp.supported_cmma_combinations(&ARCHITECTURE);
+    register_wmma_features(emulated(cmma), &mut properties);
     register_mma_features(
         emulated(supported_mma_combinations(&ARCHITECTURE)),
         &mut properties,
     );
     properties
+}
+
+/// The types that the headers have: no 8-bit floats, and nothing atomic.
+fn register_types(properties: &mut DeviceProperties) {
+    properties.register_address_type(AddressType::U32);
+    properties.register_address_type(AddressType::U64);
+    let unsigned = [UIntKind::U8, UIntKind::U16, UIntKind::U32, UIntKind::U64];
+    let signed = [IntKind::I8, IntKind::I16, IntKind::I32, IntKind::I64];
+    let floats = [
+        FloatKind::BF16,
+        FloatKind::F16,
+        FloatKind::F32,
+        FloatKind::Flex32,
+        FloatKind::F64,
+    ];
+    let types = [ElemType::Index, ElemType::Bool]
+        .into_iter()
+        .chain(unsigned.map(ElemType::UInt))
+        .chain(signed.map(ElemType::Int))
+        .chain(floats.map(ElemType::Float));
+    for element in types {
+        properties.register_type_usage(element, TypeUsage::all());
+    }
 }
 
 fn hardware() -> HardwareProperties {

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::Arc;
 
+use cubecl::{CubeCount, define_kernel};
 use cubecl_common::device::{DeviceId, DeviceService, ServerUtilitiesHandle, ServiceId};
 use cubecl_common::{bytes::Bytes, profile::ProfileDuration};
-use cubecl_core::{CubeCount, define_kernel};
 use cubecl_cpp::shared::CppCompiler;
 use cubecl_cpp::target::Cuda;
 use cubecl_environment::backtrace::BackTrace;
@@ -30,6 +30,7 @@ use cubecl_server::storage::ManagedResource;
 use cubecl_server::timestamp_profiler::TimestampProfiler;
 use cubecl_server::validation::{validate_cube_dim, validate_units};
 
+use crate::compile::Source;
 use crate::error::EmulatorError;
 use crate::kernel::{Argument, Grid, Kernel};
 use crate::memory::{ALIGNMENT, GuardedMemory, Resource};
@@ -52,11 +53,12 @@ struct Loaded {
 }
 
 /// The device.
-pub struct EmulatorServer {
+pub(crate) struct EmulatorServer {
     utilities: Arc<ServerUtilities>,
     allocations: HashMap<ManagedMemoryId, Allocation>,
     kernels: HashMap<KernelId, Arc<Loaded>>,
     profiler: TimestampProfiler,
+    device: DeviceId,
 }
 
 impl std::fmt::Debug for EmulatorServer {
@@ -83,6 +85,7 @@ impl DeviceService for EmulatorServer {
             allocations: HashMap::new(),
             kernels: HashMap::new(),
             profiler: TimestampProfiler::default(),
+            device: device_id,
         }
     }
 
@@ -148,9 +151,14 @@ impl EmulatorServer {
             .into());
         }
         let (x, y, z) = compiled.cube_dim.into();
-        let name = &compiled.entrypoint_name;
-        let kernel = Kernel::load(name, &compiled.source, [x, y, z], shared)
-            .map_err(|error| LaunchError::from(refused(&error)))?;
+        let source = Source {
+            name: &compiled.entrypoint_name,
+            variant: &id.to_string(),
+            cuda: &compiled.source,
+            shared_bytes: shared,
+        };
+        let kernel =
+            Kernel::load(&source, [x, y, z]).map_err(|error| LaunchError::from(refused(&error)))?;
         let loaded = Arc::new(Loaded {
             kernel,
             io: compiled.io,
@@ -196,7 +204,7 @@ impl EmulatorServer {
         if blocks.contains(&0) {
             return Ok(());
         }
-        let order = Order::from_env().map_err(|error| generic(error.to_string()))?;
+        let order = Order::of(self.device).map_err(|error| generic(error.to_string()))?;
         let mut pointers = Vec::new();
         for resource in &arguments.resources {
             let KernelResource::Buffer(binding) = resource else {

@@ -11,7 +11,7 @@ use crate::memory::{ALIGNMENT, GuardedMemory, Resource};
 
 /// Guarded memory by its id.
 #[derive(Debug, Default)]
-pub struct Storage {
+pub(crate) struct Storage {
     memories: HashMap<StorageId, Arc<GuardedMemory>>,
 }
 

@@ -3,12 +3,44 @@
 //! An `asm` statement becomes a call of a function in `ptx.h`, named for its instruction, with the operands in their order. An
 //! instruction that has no function there does not compile.
 
+use std::collections::HashMap;
+
 use crate::error::EmulatorError;
 
 /// The translation of a kernel's source, with what the runtime needs to call the kernel.
 pub(crate) fn translate(cuda: &str, entry: &str) -> Result<String, EmulatorError> {
     let source = replace_asm(&replace_shared(cuda)?)?;
     Ok(format!("{source}\nCUDA_EMULATOR_ENTRY({entry})\n"))
+}
+
+/// The same source with its values numbered in the order in which they appear. CubeCL's compiler numbers some of them in another
+/// order in every process.
+pub(crate) fn renumber(cuda: &str) -> String {
+    let mut numbers = HashMap::new();
+    let mut out = String::with_capacity(cuda.len());
+    let mut rest = cuda;
+    while let Some(at) = rest.find('v') {
+        let digits = rest[at + 1..]
+            .bytes()
+            .take_while(u8::is_ascii_digit)
+            .count();
+        let end = at + 1 + digits;
+        let begins = !rest[..at].ends_with(|c: char| c.is_ascii_alphanumeric());
+        let ends = !rest[end..].starts_with(|c: char| c.is_ascii_alphanumeric());
+        // What stands before in `out` ends where `rest` begins.
+        let begins = begins && (at > 0 || !out.ends_with(|c: char| c.is_ascii_alphanumeric()));
+        out.push_str(&rest[..at]);
+        if digits > 0 && begins && ends {
+            let next = numbers.len();
+            let number = numbers.entry(&rest[at + 1..end]).or_insert(next);
+            out.push_str(&format!("v{number}"));
+        } else {
+            out.push_str(&rest[at..end]);
+        }
+        rest = &rest[end..];
+    }
+    out.push_str(rest);
+    out
 }
 
 /// Declarations of shared memory become pointers to the block's.
@@ -208,4 +240,57 @@ fn call(instruction: &str, operands: &[&str]) -> Result<String, String> {
 fn unknown(instruction: &str) -> String {
     let text: String = instruction.replace(['"', '\\'], "'");
     format!("static_assert(false, \"the emulator does not know the PTX instruction {text}\");")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_numbered_as_they_appear() {
+        assert_eq!(
+            renumber("int v12 = *v7; info_v3 v12_store; vec v7x nv7 device volatile v7"),
+            "int v0 = *v1; info_v2 v0_store; vec v7x nv7 device volatile v1"
+        );
+    }
+
+    #[test]
+    fn instructions_become_calls_with_their_operands() {
+        let source = "x = [&]{ asm volatile(\"ld.x4 {%0, %1}, [%2], 16;\" : \"=r\"(r.i_0), \"=r\"(r.i_1) : \"r\"(at(a, b)) \
+                      : \"memory\"); return r; }();";
+        assert_eq!(
+            replace_asm(source).unwrap(),
+            "x = [&]{ ::cuda_emulator::ptx::ld_x4(r.i_0, r.i_1, at(a, b), 16); return r; }();"
+        );
+        let source = "asm (\"cp.async.cg.shared::cta.global [%0], [%1], 16, %2;\" :  : \"r\"(a), \"l\"(b), \"r\"(n) );";
+        assert_eq!(
+            replace_asm(source).unwrap(),
+            "::cuda_emulator::ptx::cp_async_cg_shared__cta_global(a, b, 16, n);"
+        );
+    }
+
+    #[test]
+    fn what_is_not_understood_does_not_compile() {
+        for text in ["{ .reg .pred p; }", "mov.u32 %0, %laneid;"] {
+            let source = format!("asm(\"{text}\" : \"=r\"(x));");
+            let translated = replace_asm(&source).unwrap();
+            assert!(
+                translated.starts_with("static_assert(false"),
+                "{translated}"
+            );
+        }
+        for source in ["asm(\"nop;\"", "asm(\"add %3;\" : \"=r\"(x));"] {
+            assert!(replace_asm(source).is_err(), "{source}");
+        }
+    }
+
+    #[test]
+    fn shared_memory_becomes_a_pointer() {
+        assert_eq!(
+            replace_shared("extern __shared__ __align__(16) char v1[];").unwrap(),
+            "char* const v1 = ::cuda_emulator::shared_memory(16);"
+        );
+        let error = replace_shared("\n__shared__ float x[4];").unwrap_err();
+        assert!(error.to_string().contains("static shared memory"));
+    }
 }
