@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::super::super::table::*;
 use super::super::index::*;
 use super::fragments::*;
-use super::tiles::{arrive, fetch, rows_in_shared_memory};
+use super::tiles::{arrive, fetch, fetch_both, rows_in_shared_memory};
 use super::work::*;
 
 /// Adds the blocks of a table to the state. A plane owns query rows: a row is in one block of the launch at most.
@@ -49,15 +49,12 @@ pub(crate) fn forward<F: Float, N: Size>(
         cube_rows,
         tiling,
     );
-    fetch::<F, N>(
-        key, &keys_from, 0usize, key_count, &mut keys, 0usize, tile_rows, tiling,
-    );
-    fetch::<F, N>(
-        value,
-        &values_from,
+    fetch_both::<F, N>(
+        (key, value),
+        (&keys_from, &values_from),
         0usize,
         key_count,
-        &mut values,
+        (&mut keys, &mut values),
         0usize,
         tile_rows,
         tiling,
@@ -88,15 +85,12 @@ pub(crate) fn forward<F: Float, N: Size>(
         if t + 1 < tiles {
             let next = start + tile_rows;
             let there = tile - here;
-            fetch::<F, N>(
-                key, &keys_from, next, key_count, &mut keys, there, tile_rows, tiling,
-            );
-            fetch::<F, N>(
-                value,
-                &values_from,
+            fetch_both::<F, N>(
+                (key, value),
+                (&keys_from, &values_from),
                 next,
                 key_count,
-                &mut values,
+                (&mut keys, &mut values),
                 there,
                 tile_rows,
                 tiling,
@@ -124,13 +118,13 @@ pub(crate) fn forward<F: Float, N: Size>(
     for h in 0..halves {
         let row = least(own.first + own.plane_first + row_of_half(h), own.last);
         before[h] = max[state.start + row * state.stride];
+        own_denominator[h] = sum_of_group(own_denominator[h]);
     }
     // One unit of a group writes what all four have read.
     sync_cube();
     #[unroll]
     for h in 0..halves {
         let row = own.first + own.plane_first + row_of_half(h);
-        let total = sum_of_group(own_denominator[h]);
         if row < own.count && own_max[h] != minus_infinity {
             let at = state.start + row * state.stride;
             let of_cube = own_max[h] * scale;
@@ -148,7 +142,7 @@ pub(crate) fn forward<F: Float, N: Size>(
             }
             if UNIT_POS_X % 4 == 0 {
                 max[at] = after;
-                denominator[at] = denominator[at] * of_before + total * of_own;
+                denominator[at] = denominator[at] * of_before + own_denominator[h] * of_own;
             }
         }
     }

@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::super::super::table::*;
 use super::super::index::*;
 use super::fragments::*;
-use super::tiles::{arrive, fetch, fetch_numbers, rows_in_shared_memory};
+use super::tiles::{arrive, fetch, fetch_both, fetch_numbers, rows_in_shared_memory};
 use super::work::*;
 
 /// Which gradients a launch of [`key_gradients`] computes. Of long rows both at once take more registers than there are.
@@ -110,22 +110,12 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
     let all_tiles = group * tiles;
     if all_tiles > 0 {
         let heads = heads_of_member(table, &work, 0usize);
-        fetch::<F, N>(
-            query,
-            &heads.queries,
+        fetch_both::<F, N>(
+            (query, grad_output),
+            (&heads.queries, &heads.grads),
             earliest,
             query_count,
-            &mut queries,
-            0usize,
-            tile_rows,
-            tiling,
-        );
-        fetch::<F, N>(
-            grad_output,
-            &heads.grads,
-            earliest,
-            query_count,
-            &mut grads,
+            (&mut queries, &mut grads),
             0usize,
             tile_rows,
             tiling,
@@ -186,22 +176,12 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
             let rows_there = tile - rows_here;
             let numbers_there = tile_rows - numbers_here;
             let heads = heads_of_member(table, &work, (u + 1) / tiles);
-            fetch::<F, N>(
-                query,
-                &heads.queries,
+            fetch_both::<F, N>(
+                (query, grad_output),
+                (&heads.queries, &heads.grads),
                 next,
                 query_count,
-                &mut queries,
-                rows_there,
-                tile_rows,
-                tiling,
-            );
-            fetch::<F, N>(
-                grad_output,
-                &heads.grads,
-                next,
-                query_count,
-                &mut grads,
+                (&mut queries, &mut grads),
                 rows_there,
                 tile_rows,
                 tiling,

@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::super::super::table::*;
 use super::super::index::*;
 use super::fragments::*;
-use super::tiles::{arrive, fetch, rows_in_shared_memory};
+use super::tiles::{arrive, fetch_both, rows_in_shared_memory};
 use super::work::*;
 
 /// Adds the query gradients of the blocks of a table. A plane owns query rows: a row is in one block of the launch at most.
@@ -40,35 +40,22 @@ pub(crate) fn query_gradients<F: Float, N: Size>(
     let mut values = rows_in_shared_memory::<F>(comptime!(2 * tile));
     let queries_from = query_rows(table, QUERY, &work);
     let grads_from = query_rows(table, GRAD_OUTPUT, &work);
-    fetch::<F, N>(
-        query,
-        &queries_from,
+    fetch_both::<F, N>(
+        (query, grad_output),
+        (&queries_from, &grads_from),
         own.first,
         own.count,
-        &mut queries,
+        (&mut queries, &mut grads),
         0usize,
         cube_rows,
         tiling,
     );
-    fetch::<F, N>(
-        grad_output,
-        &grads_from,
-        own.first,
-        own.count,
-        &mut grads,
-        0usize,
-        cube_rows,
-        tiling,
-    );
-    fetch::<F, N>(
-        key, &keys_from, 0usize, key_count, &mut keys, 0usize, tile_rows, tiling,
-    );
-    fetch::<F, N>(
-        value,
-        &values_from,
+    fetch_both::<F, N>(
+        (key, value),
+        (&keys_from, &values_from),
         0usize,
         key_count,
-        &mut values,
+        (&mut keys, &mut values),
         0usize,
         tile_rows,
         tiling,
@@ -104,15 +91,12 @@ pub(crate) fn query_gradients<F: Float, N: Size>(
         if t + 1 < tiles {
             let next = start + tile_rows;
             let there = tile - here;
-            fetch::<F, N>(
-                key, &keys_from, next, key_count, &mut keys, there, tile_rows, tiling,
-            );
-            fetch::<F, N>(
-                value,
-                &values_from,
+            fetch_both::<F, N>(
+                (key, value),
+                (&keys_from, &values_from),
                 next,
                 key_count,
-                &mut values,
+                (&mut keys, &mut values),
                 there,
                 tile_rows,
                 tiling,

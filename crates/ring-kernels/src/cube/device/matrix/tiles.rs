@@ -70,6 +70,25 @@ pub(crate) fn fetch<F: Float, N: Size>(
     }
 }
 
+/// Begins to copy the same rows of two tensors, to the same place of each one's shared memory; see [`fetch`].
+#[cube]
+pub(crate) fn fetch_both<F: Float, N: Size>(
+    sources: (&[Vector<F, N>], &[Vector<F, N>]),
+    from: (&Strided, &Strided),
+    first: usize,
+    count: usize,
+    shared: (
+        &mut Shared<[Vector<F, Eight>]>,
+        &mut Shared<[Vector<F, Eight>]>,
+    ),
+    to: usize,
+    #[comptime] rows: usize,
+    #[comptime] tiling: Tiling,
+) {
+    fetch::<F, N>(sources.0, from.0, first, count, shared.0, to, rows, tiling);
+    fetch::<F, N>(sources.1, from.1, first, count, shared.1, to, rows, tiling);
+}
+
 #[cube]
 fn fetch_vector<F: Float, N: Size>(
     source: &[Vector<F, N>],
