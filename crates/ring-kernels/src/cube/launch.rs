@@ -74,7 +74,7 @@ impl Launcher {
     }
 
     /// Has matrix units used as if the device did not take NVIDIA's assembly.
-    #[cfg(test)]
+    #[cfg(all(test, feature = "emulated-cuda"))]
     pub(super) fn avoid_assembly(&mut self) {
         self.matrix_units = self.matrix_units.take().map(MatrixUnits::without_assembly);
     }

@@ -92,7 +92,7 @@ impl MatrixUnits {
     }
 
     /// The same, as if the device did not take NVIDIA's assembly.
-    #[cfg(test)]
+    #[cfg(all(test, feature = "emulated-cuda"))]
     pub(super) fn without_assembly(mut self) -> Self {
         self.assembly = false;
         self

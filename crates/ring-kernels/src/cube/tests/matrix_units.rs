@@ -131,6 +131,12 @@ fn results_are_the_same_bits_every_time() {
     case.dtype = DType::BF16;
     let once = case.run(&OnDevice::new()).unwrap();
     assert_eq!(case.run(&OnDevice::new()).unwrap(), once);
+    use cuda_emulator::Order::{Ascending, Descending, Random};
+    for order in [Ascending, Descending, Random { seed: 7 }] {
+        let device = CubeDevice::new(cuda_emulator::client_with_order(order));
+        let again = case.run(&OnDevice::of(device)).unwrap();
+        assert_eq!(again, once, "{order:?}");
+    }
 }
 
 #[test]

@@ -54,19 +54,29 @@ impl OnDevice {
         Self::alternating(kernels.clone(), kernels)
     }
 
+    /// Kernels of another device than [`device`].
+    #[cfg(feature = "emulated-cuda")]
+    pub(super) fn of(device: CubeDevice) -> Self {
+        let kernels = CubeKernels::new(device).unwrap();
+        Self::alternating(kernels.clone(), kernels)
+    }
+
     /// Kernels that do not use matrix units.
+    #[cfg(feature = "emulated-cuda")]
     pub(super) fn plain() -> Self {
         let kernels = CubeKernels::new(device()).unwrap().with_matrix_units(false);
         Self::alternating(kernels.clone(), kernels)
     }
 
     /// Matrix units and plain kernels in turn.
+    #[cfg(feature = "emulated-cuda")]
     pub(super) fn mixed() -> Self {
         let kernels = CubeKernels::new(device()).unwrap();
         Self::alternating(kernels.clone(), kernels.with_matrix_units(false))
     }
 
     /// Matrix units of a device that does not take NVIDIA's assembly.
+    #[cfg(feature = "emulated-cuda")]
     pub(super) fn without_assembly() -> Self {
         let mut kernels = CubeKernels::new(device()).unwrap();
         kernels.launcher.avoid_assembly();

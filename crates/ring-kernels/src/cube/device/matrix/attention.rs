@@ -140,7 +140,8 @@ pub(crate) fn forward<F: Float, N: Size>(
                 output[to] = output[to] * of_before + sum.extract(0usize) * of_own;
                 output[to + 1] = output[to + 1] * of_before + sum.extract(1usize) * of_own;
             }
-            if UNIT_POS_X % 4 == 0 {
+            let member = UNIT_POS_X % 4;
+            if member == 0 {
                 max[at] = after;
                 denominator[at] = denominator[at] * of_before + own_denominator[h] * of_own;
             }
@@ -194,7 +195,8 @@ fn soften(
         #[unroll]
         for n in 0..columns {
             let fragment = sums.index_mut(comptime!(h / 2 * columns + n));
-            fragment[comptime!(h % 2)] = fragment[comptime!(h % 2)] * Vector::new(correction);
+            let sum = fragment[comptime!(h % 2)];
+            fragment[comptime!(h % 2)] = sum * Vector::new(correction);
         }
     }
 }

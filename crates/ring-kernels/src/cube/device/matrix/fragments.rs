@@ -18,6 +18,8 @@ use super::work::Tiling;
 pub(crate) type Pair = Const<2>;
 /// Elements of 16 bytes: a row of the 8 x 8 matrices that are loaded from shared memory.
 pub(crate) type Eight = Const<8>;
+/// Rows in shared memory.
+pub(crate) type SharedRows<F> = Shared<[Vector<F, Eight>]>;
 /// Matrices in registers, 16 x 16 left ones or 16 x 8 sums.
 pub(crate) type Fragments<E> = Sequence<Array<Vector<E, Pair>>>;
 
@@ -57,7 +59,7 @@ pub(crate) fn zeros(#[comptime] count: usize) -> Fragments<f32> {
 /// Loads four 8 x 8 matrices.
 #[cube]
 fn load<F: Float>(
-    shared: &Shared<[Vector<F, Eight>]>,
+    shared: &SharedRows<F>,
     at: usize,
     #[comptime] transpose: bool,
 ) -> Array<Vector<F, Pair>> {
@@ -91,7 +93,7 @@ fn multiply<F: Float>(
 /// The rows of a plane as left matrices, if they are to stay in registers; else none.
 #[cube]
 pub(crate) fn hold<F: Float>(
-    rows: &Shared<[Vector<F, Eight>]>,
+    rows: &SharedRows<F>,
     rows_at: usize,
     lane: &Lane,
     #[comptime] tiling: Tiling,
@@ -112,7 +114,7 @@ pub(crate) fn hold<F: Float>(
 /// The left matrix of sixteen rows `r` and sixteen columns `k`.
 #[cube]
 fn left<F: Float>(
-    rows: &Shared<[Vector<F, Eight>]>,
+    rows: &SharedRows<F>,
     rows_at: usize,
     lane: &Lane,
     #[comptime] k: usize,
@@ -128,9 +130,9 @@ fn left<F: Float>(
 #[cube]
 pub(crate) fn row_products<F: Float>(
     held: &Fragments<F>,
-    rows: &Shared<[Vector<F, Eight>]>,
+    rows: &SharedRows<F>,
     rows_at: usize,
-    tile: &Shared<[Vector<F, Eight>]>,
+    tile: &SharedRows<F>,
     tile_at: usize,
     lane: &Lane,
     #[comptime] tiling: Tiling,
@@ -175,7 +177,7 @@ pub(crate) fn row_products<F: Float>(
 #[cube]
 pub(crate) fn add_weighted_rows<F: Float>(
     weights: &Fragments<f32>,
-    tile: &Shared<[Vector<F, Eight>]>,
+    tile: &SharedRows<F>,
     tile_at: usize,
     sums: &mut Fragments<f32>,
     lane: &Lane,

@@ -1,16 +1,20 @@
 //! Rows on their way from global to shared memory.
 
+// One of the branches may be chosen by constants.
+#![allow(clippy::if_same_then_else)]
+
 use cubecl::prelude::barrier::copy_async;
 use cubecl::prelude::*;
 
-use super::fragments::Eight;
+use super::fragments::{Eight, SharedRows};
 use super::work::{Strided, Tiling};
+
+/// A tensor in global memory, in vectors or single elements.
+type Source<F, N> = [Vector<F, N>];
 
 /// Shared memory for rows.
 #[cube]
-pub(crate) fn rows_in_shared_memory<F: Float>(
-    #[comptime] vectors: usize,
-) -> Shared<[Vector<F, Eight>]> {
+pub(crate) fn rows_in_shared_memory<F: Float>(#[comptime] vectors: usize) -> SharedRows<F> {
     Shared::<[Vector<F, Eight>]>::new_aligned_slice(vectors, 16usize)
 }
 
@@ -23,7 +27,7 @@ pub(crate) fn fetch<F: Float, N: Size>(
     from: &Strided,
     first: usize,
     count: usize,
-    shared: &mut Shared<[Vector<F, Eight>]>,
+    shared: &mut SharedRows<F>,
     to: usize,
     #[comptime] rows: usize,
     #[comptime] tiling: Tiling,
@@ -73,14 +77,11 @@ pub(crate) fn fetch<F: Float, N: Size>(
 /// Begins to copy the same rows of two tensors, to the same place of each one's shared memory; see [`fetch`].
 #[cube]
 pub(crate) fn fetch_both<F: Float, N: Size>(
-    sources: (&[Vector<F, N>], &[Vector<F, N>]),
+    sources: (&Source<F, N>, &Source<F, N>),
     from: (&Strided, &Strided),
     first: usize,
     count: usize,
-    shared: (
-        &mut Shared<[Vector<F, Eight>]>,
-        &mut Shared<[Vector<F, Eight>]>,
-    ),
+    shared: (&mut SharedRows<F>, &mut SharedRows<F>),
     to: usize,
     #[comptime] rows: usize,
     #[comptime] tiling: Tiling,
@@ -96,7 +97,7 @@ fn fetch_vector<F: Float, N: Size>(
     row: usize,
     count: usize,
     column: usize,
-    shared: &mut Shared<[Vector<F, Eight>]>,
+    shared: &mut SharedRows<F>,
     place: usize,
     #[comptime] tiling: Tiling,
 ) {
