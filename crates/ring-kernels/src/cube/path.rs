@@ -11,12 +11,12 @@
 //! | kernel | sums | scores | rows in registers | d = 64 | d = 128 | d = 256 |
 //! |---|---|---|---|---|---|---|
 //! | forward | r d/2 | r t/2 | r d/4 | r 2, t 64: 64 + 64 + 32 | r 2, t 32: 128 + 32 | r 1, t 32: 128 + 16 |
-//! | query gradients | r d/2 | 2 r t/2 | r 2 d/4 | r 2, t 32: 64 + 64 | r 1, t 64: 64 + 64 | r 1, t 32: 128 + 32 |
-//! | key gradients | 2 r d/2 | 2 r t/2 | r 2 d/4 | r 2, t 32: 128 + 64 | r 1, t 32: 128 + 32 | r 1, t 32: 2 launches of 128 + 32 |
+//! | query gradients | r d/2 | 2 r t/2 | r 2 d/4 | r 2, t 32: 64 + 64 | r 1, t 64: 64 + 64 | r 1, t 16: 128 + 16 |
+//! | key gradients | 2 r d/2 | 2 r t/2 | r 2 d/4 | r 2, t 32: 128 + 64 | r 1, t 32: 128 + 32 | r 1, t 16: 2 launches of 128 + 16 |
 //!
 //! Rows that would not fit are read from shared memory for each tile instead. Two sixteens of rows per plane halve what is read of
 //! the tiles. Shared memory holds the rows of the cube and two of each tile, of 2 (d + 8) bytes a row; where a device has too
-//! little of it, tiles are halved, then planes.
+//! little of it, tiles are halved, then planes. With these tiles an H100 has two cubes on each multiprocessor.
 
 use cubecl::features::Plane;
 use cubecl::ir::{ElemType, FloatKind};
@@ -121,7 +121,8 @@ impl MatrixUnits {
             (Kernel::QueryGradients, ..=64) => (2, 32, false),
             (Kernel::QueryGradients, ..=128) => (1, 64, false),
             (Kernel::KeyGradients, ..=64) => (2, 32, false),
-            _ => (1, 32, false),
+            (Kernel::KeyGradients, ..=128) | (Kernel::Forward, _) => (1, 32, false),
+            _ => (1, 16, false),
         };
         self.fitted(
             Tiling {
