@@ -31,9 +31,12 @@ use crate::{
 /// device, nothing is added atomically.
 ///
 /// Attention of f16 or bf16 inputs with heads of 16, 32, 48 up to 256 elements and a positive scale goes to matrix units where the
-/// device has NVIDIA's (compute capability 8.0 and later); weights are then rounded to the type of the inputs before they multiply
-/// values, and the gradients of scores likewise. Everything else is done by plain kernels: a unit owns one row, against which a cube
-/// of units holds tiles of the other rows in shared memory. Both keep the same state: calls may mix them. Calls return when the device has been told what to do; the first call with a head size and an element type compiles.
+/// device has NVIDIA's (compute capability 8.0 and later): weights, and the gradients of scores, are then rounded to the type of the
+/// inputs before they are multiplied. Tiles are copied while others are worked on if CubeCL offers that, which its C++ compiler for
+/// CUDA does. Everything else is done by plain kernels: a unit owns one row, against which a cube of units holds tiles of the other
+/// rows in shared memory. Both keep the same state: calls may mix them.
+///
+/// Calls return when the device has been told what to do; the first call with a head size and an element type compiles.
 /// Rows and positions are counted in 32 bits, elements of a buffer in 31; what needs more is refused.
 ///
 /// Key gradients in a [`KeyValueGradient::Slot`] must keep the rows of one head together, as [`PackedRows`] does.
