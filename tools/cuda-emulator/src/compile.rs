@@ -44,7 +44,7 @@ const UNKNOWN_INSTRUCTION: &str = " (the emulator does not know a PTX instructio
 /// Options of every compilation. A misaligned access, or an index beyond a local array, traps.
 const OPTIONS: &[&str] = &[
     "-std=c++20",
-    "-O2",
+    "-O1",
     "-fPIC",
     "-shared",
     "-ffp-contract=off",

@@ -4,9 +4,12 @@ use cubecl::prelude::CubeDim;
 use ring_comm::buffer::{Buffer, DType};
 
 use super::buffer::{CubeBuffer, CubeView};
-use super::device::{elements, gradients};
+use super::device::matrix::key_gradients::Gradients;
+use super::device::matrix::work::Tiling as MatrixTiling;
+use super::device::{elements, gradients, matrix};
 use super::forward::{records, row_numbers};
 use super::launch::Launcher;
+use super::path::{Kernel, MOST_OF_BOTH_GRADIENTS};
 use super::source::{Placed, f32_view, f32s, key_value, key_value_gradient, query_tensor, width};
 use super::table::{
     GRAD_KEY, GRAD_OUTPUT, GRAD_VALUE, KEY, KEY_COUNT, QUERY, QUERY_COUNT, Record, STATE, Table,
@@ -98,8 +101,14 @@ pub(super) fn backward(
     };
     let table = pass.table()?;
     let grad_query = f32s("grad_query", grad_query, sizes.query_elements)?;
-    pass.queries(&table, grad_query)?;
-    pass.keys(&table)?;
+    match pass.tiling(Kernel::QueryGradients) {
+        Some(tiling) => pass.queries_by_matrix_units(&table, grad_query, tiling)?,
+        None => pass.queries(&table, grad_query)?,
+    }
+    match pass.tiling(Kernel::KeyGradients) {
+        Some(tiling) => pass.keys_by_matrix_units(&table, tiling)?,
+        None => pass.keys(&table)?,
+    }
     launcher.launched([grad_query, grad_key.buffer, grad_value.buffer])
 }
 
@@ -141,6 +150,96 @@ impl Backward<'_> {
         let read = [self.query, self.key, self.value, self.grad_output];
         let placed = [&read[..], &[self.grad_key, self.grad_value]].concat();
         width(self.problem.head_dim, &placed, written)
+    }
+
+    fn tiling(&self, kernel: Kernel) -> Option<MatrixTiling> {
+        let rows = [self.query, self.key, self.value, self.grad_output];
+        self.launcher.tiling(self.problem, kernel, &rows)
+    }
+
+    /// Adds the gradients of the queries, by matrix units.
+    fn queries_by_matrix_units(
+        &self,
+        table: &Table,
+        grad_query: &CubeBuffer,
+        tiling: MatrixTiling,
+    ) -> Result<(), KernelError> {
+        let Self {
+            launcher, problem, ..
+        } = self;
+        let element = launcher.device.element(self.query.buffer.dtype())?;
+        let depth = problem.batch * problem.group_size();
+        let cube_rows = tiling.cube_rows();
+        for records in records(problem, self.blocks, |block| block.queries)? {
+            let rows = |record: &Record| record[QUERY_COUNT];
+            for launch in launcher.rows_of_records(table, &records, depth, cube_rows, rows)? {
+                matrix::query_gradients::query_gradients::launch(
+                    launcher.device.client(),
+                    launch.cubes,
+                    tiling.cube_dim(),
+                    tiling.vector_size(),
+                    launcher.rows_argument("query", self.query.buffer, &tiling)?,
+                    launcher.rows_argument("key", self.key.buffer, &tiling)?,
+                    launcher.rows_argument("value", self.value.buffer, &tiling)?,
+                    launcher.rows_argument("grad_output", self.grad_output.buffer, &tiling)?,
+                    launcher.argument("log_sum_exp", self.log_sum_exp)?,
+                    launcher.argument("delta", self.delta)?,
+                    launch.table.argument(),
+                    launcher.argument("grad_query", grad_query)?,
+                    problem.scale,
+                    self.output_scale,
+                    f32::NEG_INFINITY,
+                    tiling,
+                    element,
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the gradients of the keys and of the values, by matrix units.
+    fn keys_by_matrix_units(&self, table: &Table, tiling: MatrixTiling) -> Result<(), KernelError> {
+        let Self {
+            launcher, problem, ..
+        } = self;
+        let element = launcher.device.element(self.query.buffer.dtype())?;
+        let cube_rows = tiling.cube_rows();
+        let gradients: &[Gradients] = if problem.head_dim <= MOST_OF_BOTH_GRADIENTS {
+            &[Gradients::Both]
+        } else {
+            &[Gradients::Values, Gradients::Keys]
+        };
+        for records in records(problem, self.blocks, |block| block.keys)? {
+            let rows = |record: &Record| record[KEY_COUNT];
+            for launch in
+                launcher.rows_of_records(table, &records, problem.batch, cube_rows, rows)?
+            {
+                for &gradients in gradients {
+                    matrix::key_gradients::key_gradients::launch(
+                        launcher.device.client(),
+                        launch.cubes.clone(),
+                        tiling.cube_dim(),
+                        tiling.vector_size(),
+                        launcher.rows_argument("query", self.query.buffer, &tiling)?,
+                        launcher.rows_argument("key", self.key.buffer, &tiling)?,
+                        launcher.rows_argument("value", self.value.buffer, &tiling)?,
+                        launcher.rows_argument("grad_output", self.grad_output.buffer, &tiling)?,
+                        launcher.argument("log_sum_exp", self.log_sum_exp)?,
+                        launcher.argument("delta", self.delta)?,
+                        launch.table.argument(),
+                        launcher.argument("grad_key", self.grad_key.buffer)?,
+                        launcher.argument("grad_value", self.grad_value.buffer)?,
+                        problem.scale,
+                        self.output_scale,
+                        f32::NEG_INFINITY,
+                        tiling,
+                        gradients,
+                        element,
+                    );
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Adds the gradients of the queries.

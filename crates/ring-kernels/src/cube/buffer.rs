@@ -94,7 +94,7 @@ impl fmt::Debug for CubeDevice {
     }
 }
 
-fn element(dtype: DType) -> ElemType {
+pub(super) fn element(dtype: DType) -> ElemType {
     ElemType::Float(match dtype {
         DType::F32 => FloatKind::F32,
         DType::F16 => FloatKind::F16,

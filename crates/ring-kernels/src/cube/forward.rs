@@ -4,10 +4,12 @@ use cubecl::prelude::CubeDim;
 use ring_comm::buffer::{Buffer, DType};
 
 use super::buffer::CubeBuffer;
-use super::device::{attention, elements};
+use super::device::matrix::work::Tiling as MatrixTiling;
+use super::device::{attention, elements, matrix};
 use super::elements::{filled, round};
-use super::launch::Launcher;
-use super::source::{f32s, key_value, query_tensor, width};
+use super::launch::{Launch, Launcher};
+use super::path::Kernel;
+use super::source::{Placed, f32s, key_value, query_tensor, width};
 use super::table::{KEY, QUERY, QUERY_COUNT, Record, STATE, Table, VALUE, block_record};
 use super::tiling::{self, Tiling};
 use super::waves::waves;
@@ -53,37 +55,106 @@ pub(super) fn forward(
         table.place(tensor, placed.layout, placed.offset)?;
     }
     table.place(STATE, &row_numbers(problem), 0)?;
-    let element = launcher.device.element(dtype)?;
-    let width = width(problem.head_dim, &[query, key, value], &[output]);
-    let tiling = Tiling::new(
-        tiling::FORWARD,
-        problem.head_dim,
-        width,
-        launcher.room_of_cube(),
-    )?;
-    let depth = problem.batch * problem.group_size();
-    for records in records(problem, blocks, |block| block.queries)? {
-        let rows = |record: &Record| record[QUERY_COUNT];
-        for launch in launcher.rows_of_records(&table, &records, depth, tiling.rows, rows)? {
-            attention::forward::launch(
-                launcher.device.client(),
-                launch.cubes,
-                CubeDim::new_1d(tiling.units as u32),
-                tiling.width,
-                launcher.argument("query", query.buffer)?,
-                launcher.argument("key", key.buffer)?,
-                launcher.argument("value", value.buffer)?,
-                launch.table.argument(),
-                launcher.argument("state.output", output)?,
-                launcher.argument("state.max", max)?,
-                launcher.argument("state.denominator", denominator)?,
-                problem.scale,
-                tiling,
-                element,
-            );
-        }
+    let pass = Forward {
+        launcher,
+        problem,
+        table,
+        waves: records(problem, blocks, |block| block.queries)?,
+        query,
+        key,
+        value,
+        output,
+        max,
+        denominator,
+    };
+    match launcher.tiling(problem, Kernel::Forward, &[query, key, value]) {
+        Some(tiling) => pass.by_matrix_units(tiling)?,
+        None => pass.plainly()?,
     }
     launcher.launched([output, max, denominator])
+}
+
+/// Checked arguments.
+struct Forward<'a> {
+    launcher: &'a Launcher,
+    problem: &'a Problem,
+    table: Table,
+    waves: Vec<Vec<Record>>,
+    query: Placed<'a>,
+    key: Placed<'a>,
+    value: Placed<'a>,
+    output: &'a CubeBuffer,
+    max: &'a CubeBuffer,
+    denominator: &'a CubeBuffer,
+}
+
+impl Forward<'_> {
+    /// The launches of a wave, by cubes that own so many rows.
+    fn launches(
+        &self,
+        records: &[Record],
+        rows_of_cube: usize,
+    ) -> Result<Vec<Launch>, KernelError> {
+        let depth = self.problem.batch * self.problem.group_size();
+        let rows = |record: &Record| record[QUERY_COUNT];
+        let launcher = self.launcher;
+        launcher.rows_of_records(&self.table, records, depth, rows_of_cube, rows)
+    }
+
+    fn by_matrix_units(&self, tiling: MatrixTiling) -> Result<(), KernelError> {
+        let launcher = self.launcher;
+        for records in &self.waves {
+            for launch in self.launches(records, tiling.cube_rows())? {
+                matrix::attention::forward::launch(
+                    launcher.device.client(),
+                    launch.cubes,
+                    tiling.cube_dim(),
+                    tiling.vector_size(),
+                    launcher.rows_argument("query", self.query.buffer, &tiling)?,
+                    launcher.rows_argument("key", self.key.buffer, &tiling)?,
+                    launcher.rows_argument("value", self.value.buffer, &tiling)?,
+                    launch.table.argument(),
+                    launcher.argument("state.output", self.output)?,
+                    launcher.argument("state.max", self.max)?,
+                    launcher.argument("state.denominator", self.denominator)?,
+                    self.problem.scale,
+                    f32::NEG_INFINITY,
+                    tiling,
+                    launcher.device.element(self.query.buffer.dtype())?,
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn plainly(&self) -> Result<(), KernelError> {
+        let launcher = self.launcher;
+        let head_dim = self.problem.head_dim;
+        let read = [self.query, self.key, self.value];
+        let width = width(head_dim, &read, &[self.output]);
+        let tiling = Tiling::new(tiling::FORWARD, head_dim, width, launcher.room_of_cube())?;
+        for records in &self.waves {
+            for launch in self.launches(records, tiling.rows)? {
+                attention::forward::launch(
+                    launcher.device.client(),
+                    launch.cubes,
+                    CubeDim::new_1d(tiling.units as u32),
+                    tiling.width,
+                    launcher.argument("query", self.query.buffer)?,
+                    launcher.argument("key", self.key.buffer)?,
+                    launcher.argument("value", self.value.buffer)?,
+                    launch.table.argument(),
+                    launcher.argument("state.output", self.output)?,
+                    launcher.argument("state.max", self.max)?,
+                    launcher.argument("state.denominator", self.denominator)?,
+                    self.problem.scale,
+                    tiling,
+                    launcher.device.element(self.query.buffer.dtype())?,
+                );
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Where the numbers lie that each query row has one of.

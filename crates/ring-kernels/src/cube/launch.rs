@@ -5,9 +5,12 @@ use cubecl::server::Handle;
 use ring_comm::buffer::{Buffer, DType};
 
 use super::buffer::{CubeBuffer, CubeDevice, device_error};
+use super::device::matrix::work::Tiling;
+use super::path::{Kernel, MatrixUnits};
+use super::source::Placed;
 use super::table::{Record, Table};
 use super::tiling::Room;
-use crate::KernelError;
+use crate::{KernelError, Problem};
 
 /// Units of a cube that works on elements, where the device allows so many.
 const UNITS: u32 = 64;
@@ -22,6 +25,7 @@ pub(super) struct Launcher {
     units: u32,
     most_cubes: (u32, u32, u32),
     room: Room,
+    matrix_units: Option<MatrixUnits>,
 }
 
 /// A launch: the table, its records and the cubes.
@@ -60,8 +64,30 @@ impl Launcher {
                 units: units as usize,
                 shared_bytes: hardware.max_shared_memory_size,
             },
+            matrix_units: MatrixUnits::of(&device),
             device,
         })
+    }
+
+    /// Whether to use the matrix units of a device that has them.
+    pub(super) fn use_matrix_units(&mut self, use_them: bool) {
+        self.matrix_units = use_them.then(|| MatrixUnits::of(&self.device)).flatten();
+    }
+
+    /// Has matrix units used as if the device did not take NVIDIA's assembly.
+    #[cfg(all(test, feature = "emulated-cuda"))]
+    pub(super) fn avoid_assembly(&mut self) {
+        self.matrix_units = self.matrix_units.take().map(MatrixUnits::without_assembly);
+    }
+
+    /// How a kernel divides its work, if matrix units do it; see [`MatrixUnits::tiling`].
+    pub(super) fn tiling(
+        &self,
+        problem: &Problem,
+        kernel: Kernel,
+        rows: &[Placed<'_>],
+    ) -> Option<Tiling> {
+        self.matrix_units.as_ref()?.tiling(problem, kernel, rows)
     }
 
     /// The dimensions of a cube that works on elements.
@@ -169,13 +195,32 @@ impl Launcher {
         what: &'static str,
         buffer: &CubeBuffer,
     ) -> Result<BufferArg, KernelError> {
+        self.argument_of(what, buffer, buffer.len())
+    }
+
+    fn argument_of(
+        &self,
+        what: &'static str,
+        buffer: &CubeBuffer,
+        len: usize,
+    ) -> Result<BufferArg, KernelError> {
         if !buffer.is_of(&self.device) {
             return Err(KernelError::Invalid(format!(
                 "{what} lies on another device"
             )));
         }
-        // SAFETY: a buffer's memory holds at least `len` elements of its type.
-        Ok(unsafe { BufferArg::from_raw_parts(buffer.handle().clone(), buffer.len()) })
+        // SAFETY: a buffer's memory holds at least its length of elements, and so `len` vectors of them.
+        Ok(unsafe { BufferArg::from_raw_parts(buffer.handle().clone(), len) })
+    }
+
+    /// A buffer as an argument of a kernel that reads rows as `tiling` says.
+    pub(super) fn rows_argument(
+        &self,
+        what: &'static str,
+        buffer: &CubeBuffer,
+        tiling: &Tiling,
+    ) -> Result<BufferArg, KernelError> {
+        self.argument_of(what, buffer, buffer.len() / tiling.vector_size())
     }
 
     /// Whether what was launched could be launched: kernels are compiled by now, not yet done.

@@ -9,6 +9,7 @@ mod launch;
 mod messages;
 #[cfg(feature = "nccl")]
 mod nccl;
+mod path;
 mod source;
 mod table;
 mod tiling;
@@ -32,9 +33,14 @@ use crate::{
 /// state, log-sum-exp and gradients are f32. Results are the same bits every time: each element is written by one unit of the
 /// device, nothing is added atomically.
 ///
+/// Attention of f16 or bf16 inputs with heads of 16, 32, 48 up to 256 elements and a positive scale goes to matrix units where the
+/// device has NVIDIA's (compute capability 8.0 and later): weights, and the gradients of scores, are then rounded to the type of the
+/// inputs before they are multiplied. Tiles are copied while others are worked on if CubeCL offers that, which its C++ compiler for
+/// CUDA does. Everything else is done by plain kernels. Rows that begin at multiples of 4 elements, of heads whose size is such a
+/// multiple, are read four elements at a time by these, others singly. Both keep the same state: calls may mix them.
+///
 /// A cube of units owns a tile of rows, against which it holds tiles of the other rows in shared memory; sizes follow from what
-/// the device has. Rows that begin at multiples of 4 elements, of heads whose size is such a multiple, are read four elements at
-/// a time, others singly. Matrix units are not used. Calls return when the device has been told what to do; the first call with a head size and an element type compiles.
+/// the device has. Calls return when the device has been told what to do; the first call with a head size and an element type compiles.
 /// Rows and positions are counted in 32 bits, elements of a buffer in 31; what needs more is refused.
 ///
 /// Key gradients in a [`KeyValueGradient::Slot`] must keep the rows of one head together, as [`PackedRows`] does.
@@ -52,6 +58,14 @@ impl CubeKernels {
         Ok(Self {
             launcher: Launcher::new(device)?,
         })
+    }
+
+    /// Whether to use the matrix units of a device that has them; by default they are used. The plain kernels are exact to the
+    /// rounding of f32 sums, those for matrix units round weights to the type of the inputs.
+    #[must_use]
+    pub fn with_matrix_units(mut self, use_them: bool) -> Self {
+        self.launcher.use_matrix_units(use_them);
+        self
     }
 
     /// The device.

@@ -49,7 +49,7 @@ pub(crate) fn row_stride(table: &[u32], #[comptime] tensor: usize) -> usize {
 }
 
 /// What a cube works on.
-#[derive(CubeType)]
+#[derive(CubeType, Clone, Copy)]
 pub(crate) struct Work {
     /// Start of the record.
     pub(crate) record: usize,
@@ -87,7 +87,7 @@ pub(crate) fn work_of_group(table: &[u32]) -> Work {
 }
 
 /// Where rows of a record lie in a tensor, in vectors: row `i` at `start + i * stride`.
-#[derive(CubeType)]
+#[derive(CubeType, Clone, Copy)]
 pub(crate) struct RowsAt {
     pub(crate) start: usize,
     pub(crate) stride: usize,

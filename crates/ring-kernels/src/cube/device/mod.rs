@@ -13,5 +13,6 @@ pub(super) mod attention;
 pub(super) mod elements;
 pub(super) mod gradients;
 pub(super) mod index;
+pub(super) mod matrix;
 pub(super) mod messages;
 pub(super) mod tile;

@@ -1,6 +1,7 @@
 //! Kernels of host memory that compute on the device, so that they can be judged as those of the CPU are.
 
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
 
@@ -43,12 +44,58 @@ const BORDER: usize = 7;
 /// Copies arguments to the device and results back.
 pub(super) struct OnDevice {
     kernels: CubeKernels,
+    /// Kernels that take every other call of forward and backward.
+    others: CubeKernels,
+    calls: AtomicUsize,
 }
 
 impl OnDevice {
     pub(super) fn new() -> Self {
+        let kernels = CubeKernels::new(device()).unwrap();
+        Self::alternating(kernels.clone(), kernels)
+    }
+
+    /// Kernels of another device than [`device`].
+    #[cfg(feature = "emulated-cuda")]
+    pub(super) fn of(device: CubeDevice) -> Self {
+        let kernels = CubeKernels::new(device).unwrap();
+        Self::alternating(kernels.clone(), kernels)
+    }
+
+    /// Kernels that do not use matrix units.
+    #[cfg(feature = "emulated-cuda")]
+    pub(super) fn plain() -> Self {
+        let kernels = CubeKernels::new(device()).unwrap().with_matrix_units(false);
+        Self::alternating(kernels.clone(), kernels)
+    }
+
+    /// Matrix units and plain kernels in turn.
+    #[cfg(feature = "emulated-cuda")]
+    pub(super) fn mixed() -> Self {
+        let kernels = CubeKernels::new(device()).unwrap();
+        Self::alternating(kernels.clone(), kernels.with_matrix_units(false))
+    }
+
+    /// Matrix units of a device that does not take NVIDIA's assembly.
+    #[cfg(feature = "emulated-cuda")]
+    pub(super) fn without_assembly() -> Self {
+        let mut kernels = CubeKernels::new(device()).unwrap();
+        kernels.launcher.avoid_assembly();
+        Self::alternating(kernels.clone(), kernels)
+    }
+
+    fn alternating(kernels: CubeKernels, others: CubeKernels) -> Self {
         Self {
-            kernels: CubeKernels::new(device()).unwrap(),
+            kernels,
+            others,
+            calls: AtomicUsize::new(0),
+        }
+    }
+
+    fn next(&self) -> &CubeKernels {
+        match self.calls.fetch_add(1, Ordering::Relaxed) % 2 {
+            0 => &self.kernels,
+            _ => &self.others,
         }
     }
 
@@ -183,7 +230,7 @@ impl Kernels<HostBuffer> for OnDevice {
         let mut there = self.state_up(state);
         let queries = tensor(&queries, query.layout);
         let source = source.as_of(key_value);
-        self.kernels
+        self.next()
             .forward(problem, queries, &source, blocks, &mut there)?;
         state.output = self.down(&there.output)?;
         state.max = self.down(&there.max)?;
@@ -250,7 +297,7 @@ impl Kernels<HostBuffer> for OnDevice {
         let mut to_query = self.up(grad_query.view());
         let mut run = |gradient| {
             let to_query = &mut to_query;
-            self.kernels.backward(
+            self.next().backward(
                 problem,
                 &there,
                 &source,
