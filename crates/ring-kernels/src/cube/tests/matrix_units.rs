@@ -75,7 +75,12 @@ fn several_cubes_and_many_tiles_match_the_oracle() {
 
 #[test]
 fn strided_and_shared_rows_match_the_oracle() {
-    for order in [Order::HeadsFirst, Order::RowsFirst, Order::Bordered] {
+    for order in [
+        Order::HeadsFirst,
+        Order::RowsFirst,
+        Order::Bordered(3),
+        Order::Bordered(8),
+    ] {
         for mask in [Mask::None, Mask::Causal] {
             let mut case = tangled(problem(2, (4, 2), 48, (150, 140)));
             case.problem.mask = mask;
@@ -89,7 +94,7 @@ fn strided_and_shared_rows_match_the_oracle() {
 fn neither_asynchronous_copies_nor_assembly_are_needed() {
     for (order, dtype) in [
         (Order::HeadsFirst, DType::F16),
-        (Order::Bordered, DType::BF16),
+        (Order::Bordered(3), DType::BF16),
     ] {
         let mut case = tangled(causal(problem(1, (2, 1), 32, (150, 140))));
         (case.order, case.dtype) = (order, dtype);
