@@ -2,7 +2,7 @@
 
 use std::{ffi::c_char, fmt};
 
-use cubecl_core::ir::nvidia::SmArch;
+use cubecl_core::ir::{amd::GfxArch, nvidia::SmArch};
 use cubecl_runtime::{
     compiler::{CompilationError, Compiler},
     kernel::{BufferIOAttr, KernelDefinition},
@@ -60,6 +60,7 @@ impl Default for PlironCompiler {
 
 #[derive(Clone, Debug, Default)]
 pub struct PlironOptions {
+    pub arch: Option<GfxArch>,
     pub sm_arch: Option<SmArch>,
     pub ptx_version: Option<nvptx::ptx_version::PtxVersion>,
     pub grid_constants: bool,
