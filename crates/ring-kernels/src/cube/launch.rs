@@ -74,12 +74,6 @@ impl Launcher {
         self.matrix_units = use_them.then(|| MatrixUnits::of(&self.device)).flatten();
     }
 
-    /// Pretends that the device has no more for a cube than `room`.
-    #[cfg(test)]
-    pub(super) fn limit(&mut self, room: Room) {
-        self.room = room;
-    }
-
     /// Has matrix units used as if the device did not take NVIDIA's assembly.
     #[cfg(all(test, feature = "emulated-cuda"))]
     pub(super) fn avoid_assembly(&mut self) {
@@ -102,7 +96,7 @@ impl Launcher {
     }
 
     /// Pretends that the device has no more for a cube than `room`.
-    #[cfg(all(test, feature = "wgpu"))]
+    #[cfg(all(test, any(feature = "wgpu", feature = "emulated-cuda")))]
     pub(super) fn limit(&mut self, room: Room) {
         self.room = room;
     }

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use cubecl::cuda::CudaRuntime;
-use cubecl::prelude::Runtime;
+use cubecl_runtime::runtime::Runtime;
 use ring_comm::Expected;
 use ring_comm::buffer::Buffer;
 use ring_comm::nccl::{DeviceMemory, NcclError};
