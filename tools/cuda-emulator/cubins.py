@@ -8,6 +8,7 @@ nvidia-cuda-nvrtc-cu12, nvidia-cuda-runtime-cu12, nvidia-cuda-cccl-cu12 and nvid
 if a source does not compile.
 """
 
+import concurrent.futures
 import ctypes
 import pathlib
 import re
@@ -40,8 +41,9 @@ def program_log(nvrtc, program):
     return text.value.decode(errors="replace")
 
 
-def compile_source(nvrtc, path):
+def compile_source(path):
     """The log of a compilation, and whether it made a cubin."""
+    nvrtc = load_nvrtc()
     program = ctypes.c_void_p()
     source = path.read_bytes()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, path.name.encode(), 0, None, None)
@@ -100,10 +102,12 @@ def row(path, log):
 
 def main():
     sources, table = map(pathlib.Path, sys.argv[1:3])
-    nvrtc = load_nvrtc()
     rows, spilling, failures = [], 0, []
-    for path in sorted(sources.glob("*.cu")):
-        log, made = compile_source(nvrtc, path)
+    paths = sorted(sources.glob("*.cu"))
+    # A process for each core: NVRTC compiles one source at a time.
+    with concurrent.futures.ProcessPoolExecutor() as pool:
+        compiled = list(pool.map(compile_source, paths))
+    for path, (log, made) in zip(paths, compiled):
         if made:
             rows.append(row(path, log))
             spilling += figure(r"(\d+) bytes spill stores", log) > 0

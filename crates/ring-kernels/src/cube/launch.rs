@@ -96,7 +96,7 @@ impl Launcher {
     }
 
     /// Pretends that the device has no more for a cube than `room`.
-    #[cfg(all(test, any(feature = "wgpu", feature = "emulated-cuda")))]
+    #[cfg(all(test, feature = "wgpu", not(feature = "emulated-cuda")))]
     pub(super) fn limit(&mut self, room: Room) {
         self.room = room;
     }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
 
+#[cfg(not(feature = "emulated-cuda"))]
 use super::super::tiling::Room;
 use super::super::{CubeBuffer, CubeDevice, CubeKernels};
 use crate::*;
@@ -100,6 +101,7 @@ impl OnDevice {
     }
 
     /// Kernels that take no more of the device than `room`.
+    #[cfg(not(feature = "emulated-cuda"))]
     pub(super) fn with_room(room: Room) -> Self {
         let mut kernels = Self::new();
         kernels.kernels.launcher.limit(room);
