@@ -2,9 +2,12 @@
 
 use std::{sync::Arc, time::Duration};
 
+#[cfg(feature = "emulated-cuda")]
+use ring_comm::RankPanic;
 use ring_comm::buffer::{DType, HostBuffer};
+#[cfg(feature = "emulated-cuda")]
 use ring_comm::conformance::{self, Backend, Hosted, RankBody, Staging};
-use ring_comm::{Expected, Loopback, Payload, RankPanic, Staged, Tag, Transport};
+use ring_comm::{Expected, Loopback, Payload, Staged, Tag, Transport};
 
 use super::on_device::device;
 use crate::{CubeBuffer, CubeKernels, Kernels};
@@ -46,9 +49,11 @@ fn what_a_kernel_has_just_computed_reaches_a_kernel_of_another_rank() {
     assert!(results.iter().all(Result::is_ok), "{results:?}");
 }
 
-/// The suite, whose messages are copied to the device, from there, and back at the other end.
+/// The suite, whose messages are copied to the device, from there, and back at the other end. Some are of bf16.
+#[cfg(feature = "emulated-cuda")]
 struct OverTheDevice;
 
+#[cfg(feature = "emulated-cuda")]
 impl Backend for OverTheDevice {
     fn run(&self, world_size: usize, deadline: Duration, body: &RankBody<'_>) -> Vec<RankPanic> {
         let results = Loopback::run(world_size, deadline, |endpoint| {
@@ -67,6 +72,7 @@ impl Backend for OverTheDevice {
     }
 }
 
+#[cfg(feature = "emulated-cuda")]
 #[test]
 fn the_transport_conforms() {
     conformance::run_all(&OverTheDevice);
