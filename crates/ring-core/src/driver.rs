@@ -10,7 +10,8 @@ use ring_comm::{
     trace::{Activity, Details},
 };
 use ring_kernels::{
-    BackwardInputs, ForwardState, Kernels, KeyValue, KeyValueGradient, Problem, RowLayout, Tensor,
+    BackwardInputs, Dropout, ForwardState, Kernels, KeyValue, KeyValueGradient, Problem, RowLayout,
+    Tensor,
 };
 
 use crate::{
@@ -28,6 +29,18 @@ pub struct Inputs<'a, B: Buffer> {
     pub key: Tensor<'a, B>,
     /// Values.
     pub value: Tensor<'a, B>,
+    /// Chooses what dropout drops; the backward needs that of the forward. Without dropout it is not used.
+    pub dropout: DropoutSeed,
+}
+
+/// What chooses the weights that dropout drops, beside heads and global positions: those are the same for any number of ranks
+/// if all ranks give the same seed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DropoutSeed {
+    /// The seed: another one for every training step, and every layer.
+    pub seed: u64,
+    /// What the first batch entry counts as, if batches are parts of a larger one.
+    pub first_entry: u32,
 }
 
 impl<B: Buffer> Clone for Inputs<'_, B> {
@@ -47,6 +60,7 @@ impl<'a, B: Buffer> Inputs<'a, B> {
             query: self.query.shorten(),
             key: self.key.shorten(),
             value: self.value.shorten(),
+            dropout: self.dropout,
         }
     }
 }
@@ -98,17 +112,7 @@ pub fn forward<B: Buffer, K: Kernels<B>>(
     plan: &Plan,
     inputs: Inputs<'_, B>,
 ) -> Result<Output<B>, Error> {
-    let capacity = check_plan(communicator, plan)?;
-    let operation = communicator.next_operation();
-    Run::new(
-        kernels,
-        communicator,
-        plan,
-        Pass::Forward,
-        operation,
-        capacity,
-    )
-    .traced(|run| run.forward(inputs))
+    Run::new(kernels, communicator, plan, inputs.dropout, None)?.traced(|run| run.forward(inputs))
 }
 
 /// Gradients of this rank's queries, keys and values. Every rank calls it with its own plan.
@@ -122,17 +126,9 @@ pub fn backward<B: Buffer, K: Kernels<B>>(
     inputs: Inputs<'_, B>,
     saved: Saved<'_, B>,
 ) -> Result<Gradients<B>, Error> {
-    let capacity = check_plan(communicator, plan)?;
-    let operation = saved.operation;
-    Run::new(
-        kernels,
-        communicator,
-        plan,
-        Pass::Backward,
-        operation,
-        capacity,
-    )
-    .traced(|run| run.backward(inputs, saved))
+    let operation = Some(saved.operation);
+    Run::new(kernels, communicator, plan, inputs.dropout, operation)?
+        .traced(|run| run.backward(inputs, saved))
 }
 
 /// One pass of one rank over its plan.
@@ -141,7 +137,6 @@ struct Run<'a, B: Buffer, K> {
     exchanger: Exchanger<'a, B, K>,
     plan: &'a Plan,
     schedule: &'a Schedule,
-    problem: Problem,
 }
 
 /// Gradients of a slot, to be sent to the slot's owner, and those of own rows, to be received from who used them.
@@ -154,17 +149,27 @@ struct GradientHop<'p, B> {
 type Homecoming<'p, B> = (&'p ScheduledExchange, InFlight<B>);
 
 impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
+    /// A backward pass has the number of its forward's operation; a forward pass gets one.
     fn new(
         kernels: &'a K,
         communicator: &'a Communicator<B>,
         plan: &'a Plan,
-        pass: Pass,
-        operation: u64,
-        capacity: usize,
-    ) -> Self {
+        dropout: DropoutSeed,
+        of_forward: Option<u64>,
+    ) -> Result<Self, Error> {
+        let capacity = check_plan(communicator, plan)?;
+        let (pass, operation) = match of_forward {
+            None => (Pass::Forward, communicator.next_operation()),
+            Some(operation) => (Pass::Backward, operation),
+        };
         communicator.buffers().begin();
-        let problem = plan.problem();
-        Self {
+        let spec = plan.spec();
+        let mut problem = plan.problem();
+        if spec.dropout > 0.0 {
+            let DropoutSeed { seed, first_entry } = dropout;
+            problem.scores.dropout = Some(Dropout::new(spec.dropout, seed, first_entry));
+        }
+        Ok(Self {
             kernels,
             exchanger: Exchanger {
                 kernels,
@@ -172,13 +177,12 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
                 problem,
                 pass,
                 operation,
-                dtype: plan.spec().dtype,
+                dtype: spec.dtype,
                 capacity,
             },
             plan,
             schedule: plan.schedule(),
-            problem,
-        }
+        })
     }
 
     /// Records the whole pass, and leaves a trace that is complete so far.
@@ -203,7 +207,9 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
     fn forward(&self, inputs: Inputs<'_, B>) -> Result<Output<B>, Error> {
         self.check_dtypes(inputs)?;
         let exchanger = &self.exchanger;
-        let mut state = exchanger.compute("start", None, || self.kernels.start(&self.problem))?;
+        let mut state = exchanger.compute("start", None, || {
+            self.kernels.start(&self.exchanger.problem)
+        })?;
         let mut slot = None;
         let mut filled_by = None;
         for step in &self.schedule.steps {
@@ -218,9 +224,10 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
         }
         exchanger.give(slot);
         let spec = self.plan.spec();
-        let scale = spec.pattern.output_scale();
+        let scale = spec.output_scale();
         let (output, log_sum_exp) = exchanger.compute("finish", None, || {
-            self.kernels.finish(&self.problem, state, spec.dtype, scale)
+            self.kernels
+                .finish(&self.exchanger.problem, state, spec.dtype, scale)
         })?;
         Ok(Output {
             output,
@@ -301,7 +308,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
     fn delta(&self, saved: &Saved<'_, B>) -> Result<B, Error> {
         self.exchanger.compute("delta", None, || {
             self.kernels.delta(
-                &self.problem,
+                &self.exchanger.problem,
                 saved.output,
                 saved.grad_output,
                 saved.log_sum_exp,
@@ -319,7 +326,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
             queries,
             keys,
             ..
-        } = self.problem;
+        } = self.exchanger.problem;
         let zeros = |rows: usize| {
             let len = batch * rows * head_dim;
             self.exchanger.compute("allocate", None, || {
@@ -342,8 +349,13 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
         state: &mut ForwardState<B>,
     ) -> Result<(), Error> {
         self.exchanger.compute("forward", distance(filled_by), || {
-            self.kernels
-                .forward(&self.problem, inputs.query, source, &step.blocks, state)
+            self.kernels.forward(
+                &self.exchanger.problem,
+                inputs.query,
+                source,
+                &step.blocks,
+                state,
+            )
         })
     }
 
@@ -374,11 +386,11 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
         self.exchanger
             .compute("backward", distance(filled_by), || {
                 self.kernels.backward(
-                    &self.problem,
+                    &self.exchanger.problem,
                     from_forward,
                     source,
                     &step.blocks,
-                    self.plan.spec().pattern.output_scale(),
+                    self.plan.spec().output_scale(),
                     &mut gradients.query,
                     target,
                 )
@@ -436,7 +448,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
             self.exchanger
                 .compute("add rows", Some(exchange.distance), || {
                     self.kernels.add_rows(
-                        &self.problem,
+                        &self.exchanger.problem,
                         slot,
                         &parcel.rows,
                         &mut gradients.key,

@@ -11,6 +11,7 @@
 //! - *hop*: one exchange with one peer on each side. *Slot*: the buffer that holds the rows a hop brought.
 //! - *step*: what a rank computes between two exchanges. *Block*: query rows x key rows of a step.
 
+mod documents;
 mod driver;
 mod error;
 mod estimate;
@@ -24,7 +25,8 @@ mod selection;
 mod sharding;
 mod spec;
 
-pub use driver::{Gradients, Inputs, Output, Saved, backward, forward};
+pub use documents::Documents;
+pub use driver::{DropoutSeed, Gradients, Inputs, Output, Saved, backward, forward};
 pub use error::Error;
 pub use estimate::{CommunicationEstimate, MemoryEstimate};
 pub use pattern::{Branch, HeadOffsets, MAX_LENGTH, Mixing, Pattern, PatternError};

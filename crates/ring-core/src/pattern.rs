@@ -88,6 +88,14 @@ pub enum PatternError {
         /// Branches.
         branches: usize,
     },
+    /// A window that reaches into a future that is hidden.
+    #[error(
+        "the pattern is causal, but its window reaches {right} positions after the query; give 0 or -1 (no bound)"
+    )]
+    Contradiction {
+        /// The window's right side.
+        right: u64,
+    },
     /// A name that stands for nothing.
     #[error("unknown {what} \"{got}\"; valid: {valid}")]
     UnknownName {
@@ -103,12 +111,13 @@ pub enum PatternError {
 /// Largest segment length, dilation rate or sequence length: 2^40 positions.
 pub const MAX_LENGTH: usize = 1 << 40;
 
-/// Which keys every query attends to: a list of branches and one mask.
+/// Which keys every query attends to: a list of branches, and what causality and a sliding window leave of them.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "Unchecked", into = "Unchecked")]
 pub struct Pattern {
     branches: Vec<Branch>,
-    mask: Mask,
+    causal: bool,
+    window: Mask,
     offsets: HeadOffsets,
     mixing: Mixing,
 }
@@ -121,7 +130,8 @@ impl Pattern {
                 segment_length: None,
                 dilation_rate: 1,
             }],
-            mask: Mask::None,
+            causal: false,
+            window: Mask::NONE,
             offsets: HeadOffsets::Cyclic,
             mixing: Mixing::LongNet,
         }
@@ -183,19 +193,36 @@ impl Pattern {
                 });
             }
         }
-        Ok(self)
+        match self.window.right {
+            Some(right) if self.causal && right > 0 => Err(PatternError::Contradiction { right }),
+            _ => Ok(self),
+        }
+    }
+
+    /// Refuses what contradicts itself.
+    pub(crate) fn check(&self) -> Result<(), PatternError> {
+        self.clone().checked().map(drop)
     }
 
     /// The same pattern, keys after the query's position hidden.
+    ///
+    /// A [window](Self::with_window) that reaches after the query contradicts it: computations with both are refused.
     #[must_use]
     pub fn causal(self) -> Self {
-        self.with_mask(Mask::Causal)
+        Self {
+            causal: true,
+            ..self
+        }
     }
 
-    /// The same pattern under another mask.
+    /// The same pattern under a sliding window: of its keys, a query at `n` sees those from `n - left` to `n + right`. `None` is
+    /// no bound. The window counts positions, not selected ones: a dilated branch of rate `r` has `1/r` of them.
     #[must_use]
-    pub fn with_mask(self, mask: Mask) -> Self {
-        Self { mask, ..self }
+    pub fn with_window(self, left: Option<u64>, right: Option<u64>) -> Self {
+        Self {
+            window: Mask { left, right },
+            ..self
+        }
     }
 
     /// The same pattern with other head offsets.
@@ -215,14 +242,26 @@ impl Pattern {
         &self.branches
     }
 
-    /// The mask.
+    /// What causality and the window leave.
     pub fn mask(&self) -> Mask {
-        self.mask
+        Mask {
+            right: if self.causal {
+                Some(0)
+            } else {
+                self.window.right
+            },
+            ..self.window
+        }
     }
 
-    /// Whether keys after the query are hidden.
+    /// The sliding window.
+    pub fn window(&self) -> Mask {
+        self.window
+    }
+
+    /// Whether keys after the query are hidden, by causality or by the window.
     pub fn is_causal(&self) -> bool {
-        self.mask == Mask::Causal
+        self.mask().right == Some(0)
     }
 
     /// The head offsets.
@@ -288,7 +327,8 @@ fn head_group(head: usize, heads: usize, groups: usize) -> usize {
 #[serde(rename = "Pattern")]
 struct Unchecked {
     branches: Vec<Branch>,
-    mask: Mask,
+    causal: bool,
+    window: Mask,
     offsets: HeadOffsets,
     mixing: Mixing,
 }
@@ -297,7 +337,8 @@ impl From<Pattern> for Unchecked {
     fn from(pattern: Pattern) -> Self {
         Self {
             branches: pattern.branches,
-            mask: pattern.mask,
+            causal: pattern.causal,
+            window: pattern.window,
             offsets: pattern.offsets,
             mixing: pattern.mixing,
         }
@@ -310,7 +351,8 @@ impl TryFrom<Unchecked> for Pattern {
     fn try_from(raw: Unchecked) -> Result<Self, PatternError> {
         Self {
             branches: raw.branches,
-            mask: raw.mask,
+            causal: raw.causal,
+            window: raw.window,
             offsets: raw.offsets,
             mixing: raw.mixing,
         }
@@ -337,8 +379,13 @@ impl fmt::Display for Pattern {
                 list(|branch| branch.dilation_rate.to_string()),
             )?;
         }
-        if self.is_causal() {
+        if self.causal {
             f.write_str(", causal")?;
+        }
+        if self.window != Mask::NONE {
+            let bound = |bound: Option<u64>| bound.map_or("all".to_string(), |n| n.to_string());
+            let Mask { left, right } = self.window;
+            write!(f, ", window {},{}", bound(left), bound(right))?;
         }
         if self.offsets == HeadOffsets::Blocked {
             f.write_str(", blocked offsets")?;

@@ -44,14 +44,17 @@ impl PlannedBlock {
             Block {
                 queries: shift(self.block.queries),
                 keys: shift(self.block.keys),
+                branch: self.block.branch,
             }
         })
     }
 }
 
-/// Blocks that a set of key/value heads has in common.
+/// Blocks that a set of key/value heads has in common, in a set of batch entries.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HeadWork {
+    /// Batch entries.
+    pub entries: Vec<usize>,
     /// Key/value heads.
     pub kv_heads: Vec<usize>,
     /// Their blocks.
@@ -125,6 +128,7 @@ impl Step {
                 let mut blocks = Vec::with_capacity(count);
                 blocks.extend(work.blocks.iter().flat_map(PlannedBlock::blocks));
                 HeadBlocks {
+                    entries: work.entries.clone(),
                     kv_heads: work.kv_heads.clone(),
                     blocks,
                 }
@@ -299,6 +303,7 @@ impl<'a> Planner<'a> {
         self.classes
             .iter()
             .map(|class| HeadWork {
+                entries: (0..self.spec.shape.batch).collect(),
                 kv_heads: class.kv_heads.clone(),
                 blocks: segment_pairs(self.spec, class, &overlaps)
                     .iter()
@@ -306,6 +311,7 @@ impl<'a> Planner<'a> {
                         block: Block {
                             queries: rows_of(&pairs.query_piece, pairs.queries),
                             keys: rows_of(&pairs.key_piece, pairs.keys),
+                            branch: pairs.branch as u32,
                         },
                         repeat: pairs.repeat,
                         period: pairs.period as usize,
@@ -392,6 +398,7 @@ impl<'a> Planner<'a> {
             .iter()
             .zip(needs)
             .map(|(class, needs)| HeadWork {
+                entries: (0..self.spec.shape.batch).collect(),
                 kv_heads: class.kv_heads.clone(),
                 blocks: needs.slot_blocks(),
             })
@@ -420,6 +427,7 @@ impl ClassNeeds {
                                 first_position: first,
                                 position_step: keys.stride(),
                             },
+                            branch: pairs.branch as u32,
                         },
                         repeat: 1,
                         period: 0,
@@ -548,7 +556,7 @@ mod tests {
             q0 in -20_i64..40, qs in 1_i64..7, nq in 1_usize..30,
             k0 in -20_i64..40, ks in 1_i64..7, nk in 1_usize..30,
         ) {
-            let block = Block { queries: rows(q0, qs, nq), keys: rows(k0, ks, nk) };
+            let block = Block { queries: rows(q0, qs, nq), keys: rows(k0, ks, nk), branch: 0 };
             let brute = (0..nq)
                 .flat_map(|i| (0..nk).map(move |j| (i, j)))
                 .filter(|&(i, j)| block.keys.position(j) <= block.queries.position(i))

@@ -1,11 +1,14 @@
 //! One attention computation as all ranks must agree on it: [`AttentionSpec`].
 
+use std::sync::Arc;
+
 use ring_comm::buffer::DType;
-use ring_kernels::Problem;
+use ring_kernels::{Problem, Scores};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
+    documents::Documents,
     pattern::{MAX_LENGTH, Pattern, PatternError},
     sharding::Sharding,
 };
@@ -41,6 +44,72 @@ pub enum SpecError {
     /// A scale that is no number.
     #[error("the scale must be a finite number, it is {0}")]
     Scale(f32),
+    /// Documents that do not fill the sequence.
+    #[error(
+        "the documents of batch entry {entry} have {total} positions together, but there are {key_length} keys"
+    )]
+    DocumentLengths {
+        /// The batch entry.
+        entry: usize,
+        /// The sum of their lengths.
+        total: u128,
+        /// The number of keys.
+        key_length: usize,
+    },
+    /// Numbers of batch entries that differ.
+    #[error("{what} are given for {got} batch entries, there are {batch}")]
+    Entries {
+        /// What is given.
+        what: &'static str,
+        /// For how many.
+        got: usize,
+        /// Batch entries.
+        batch: usize,
+    },
+    /// More keys than there are.
+    #[error(
+        "key length {length} of batch entry {entry} is more than the number of keys, {key_length}"
+    )]
+    KeyLength {
+        /// The batch entry.
+        entry: usize,
+        /// Its key length.
+        length: usize,
+        /// The number of keys.
+        key_length: usize,
+    },
+    /// A bound that bounds nothing.
+    #[error("the softcap must be a positive finite number, it is {0}")]
+    Softcap(f32),
+    /// Slopes for other heads than there are.
+    #[error("{got} ALiBi slopes for {query_heads} query heads; give one slope for each")]
+    Slopes {
+        /// Number of slopes.
+        got: usize,
+        /// Query heads.
+        query_heads: usize,
+    },
+    /// A slope that is no number.
+    #[error("ALiBi slope {index} must be a finite number, it is {slope}")]
+    Slope {
+        /// Index of the head.
+        index: usize,
+        /// The slope.
+        slope: f32,
+    },
+    /// A probability that leaves nothing.
+    #[error("the dropout must be in [0, 1), it is {0}")]
+    Dropout(f32),
+    /// More than the counter of dropout holds.
+    #[error("with dropout, {what} must be below {limit}, it is {got}")]
+    DropoutCounter {
+        /// Which number.
+        what: &'static str,
+        /// Its value.
+        got: usize,
+        /// The limit.
+        limit: u64,
+    },
     /// A rank outside the group.
     #[error("rank {rank} does not exist among {world_size}")]
     Rank {
@@ -90,6 +159,16 @@ pub struct AttentionSpec {
     pub scale: f32,
     /// Element type of queries, keys, values and outputs.
     pub dtype: DType,
+    /// Documents packed into the sequence; a query sees its own alone.
+    pub documents: Option<Documents>,
+    /// How many keys every batch entry has; those at later positions are padding that nothing sees.
+    pub key_lengths: Option<Arc<[usize]>>,
+    /// Bound `c` on the scores: `S` becomes `c tanh(S / c)`.
+    pub softcap: Option<f32>,
+    /// ALiBi's slope of every query head: `S` becomes `S - slope |n - m|`, after the softcap. Constants, without gradient.
+    pub alibi_slopes: Option<Arc<[f32]>>,
+    /// Probability that a weight is dropped, in `[0, 1)`. Which ones are follows from the seed that is given with the inputs.
+    pub dropout: f32,
 }
 
 impl AttentionSpec {
@@ -109,6 +188,11 @@ impl AttentionSpec {
             shape,
             scale: 1.0 / (shape.head_dim as f32).sqrt(),
             dtype: DType::F32,
+            documents: None,
+            key_lengths: None,
+            softcap: None,
+            alibi_slopes: None,
+            dropout: 0.0,
         }
         .checked()
     }
@@ -179,6 +263,71 @@ impl AttentionSpec {
         Self { dtype, ..self }
     }
 
+    /// Documents packed into the sequence. Their lengths must add up to the number of keys.
+    ///
+    /// # Errors
+    /// [`SpecError::DocumentLengths`], [`SpecError::Entries`].
+    pub fn with_documents(self, documents: Documents) -> Result<Self, SpecError> {
+        Self {
+            documents: Some(documents),
+            ..self
+        }
+        .checked()
+    }
+
+    /// How many keys every batch entry has; the keys at later positions are padding.
+    ///
+    /// # Errors
+    /// [`SpecError::Entries`], [`SpecError::KeyLength`].
+    pub fn with_key_lengths(self, lengths: Vec<usize>) -> Result<Self, SpecError> {
+        Self {
+            key_lengths: Some(lengths.into()),
+            ..self
+        }
+        .checked()
+    }
+
+    /// A bound on the scores.
+    ///
+    /// # Errors
+    /// [`SpecError::Softcap`] unless positive and finite.
+    pub fn with_softcap(self, softcap: f32) -> Result<Self, SpecError> {
+        Self {
+            softcap: Some(softcap),
+            ..self
+        }
+        .checked()
+    }
+
+    /// ALiBi's slopes, one for each query head.
+    ///
+    /// # Errors
+    /// [`SpecError::Slopes`], [`SpecError::Slope`].
+    pub fn with_alibi_slopes(self, slopes: Vec<f32>) -> Result<Self, SpecError> {
+        Self {
+            alibi_slopes: Some(slopes.into()),
+            ..self
+        }
+        .checked()
+    }
+
+    /// Dropout of weights.
+    ///
+    /// # Errors
+    /// [`SpecError::Dropout`] for a probability outside `[0, 1)`, [`SpecError::DropoutCounter`].
+    pub fn with_dropout(self, probability: f32) -> Result<Self, SpecError> {
+        Self {
+            dropout: probability,
+            ..self
+        }
+        .checked()
+    }
+
+    /// Factor on the output: that of the pattern, and what makes up for dropped weights.
+    pub fn output_scale(&self) -> f32 {
+        self.pattern.output_scale() / (1.0 - self.dropout)
+    }
+
     pub(crate) fn checked(self) -> Result<Self, SpecError> {
         let Shape {
             query_heads,
@@ -217,11 +366,96 @@ impl AttentionSpec {
         if !self.scale.is_finite() {
             return Err(SpecError::Scale(self.scale));
         }
+        self.pattern.check()?;
         self.pattern.check_heads(kv_heads)?;
+        self.check_entries()?;
+        self.check_scores()?;
         Ok(self)
     }
 
-    /// The sizes one rank's kernels see.
+    /// Checks what differs from batch entry to batch entry.
+    fn check_entries(&self) -> Result<(), SpecError> {
+        let (batch, key_length) = (self.shape.batch, self.key_length);
+        if let Some(documents) = &self.documents {
+            let got = documents.lists();
+            if got != 1 && got != batch {
+                let what = "document lengths";
+                return Err(SpecError::Entries { what, got, batch });
+            }
+            for entry in 0..got {
+                let lengths = documents.lengths(entry).iter();
+                let total = lengths.map(|&length| length as u128).sum();
+                if total != key_length as u128 {
+                    return Err(SpecError::DocumentLengths {
+                        entry,
+                        total,
+                        key_length,
+                    });
+                }
+            }
+        }
+        let Some(lengths) = &self.key_lengths else {
+            return Ok(());
+        };
+        if lengths.len() != batch {
+            return Err(SpecError::Entries {
+                what: "key lengths",
+                got: lengths.len(),
+                batch,
+            });
+        }
+        match lengths.iter().position(|&length| length > key_length) {
+            Some(entry) => Err(SpecError::KeyLength {
+                entry,
+                length: lengths[entry],
+                key_length,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks what scores and weights go through.
+    fn check_scores(&self) -> Result<(), SpecError> {
+        let query_heads = self.shape.query_heads;
+        if let Some(cap) = self.softcap.filter(|cap| !(cap.is_finite() && *cap > 0.0)) {
+            return Err(SpecError::Softcap(cap));
+        }
+        if let Some(slopes) = &self.alibi_slopes {
+            if slopes.len() != query_heads {
+                return Err(SpecError::Slopes {
+                    got: slopes.len(),
+                    query_heads,
+                });
+            }
+            if let Some(index) = slopes.iter().position(|slope| !slope.is_finite()) {
+                let slope = slopes[index];
+                return Err(SpecError::Slope { index, slope });
+            }
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return Err(SpecError::Dropout(self.dropout));
+        }
+        let counted = [
+            (
+                "the number of branches",
+                self.pattern.branches().len(),
+                1 << 16,
+            ),
+            (
+                "batch entries times query heads",
+                self.shape.batch.saturating_mul(query_heads),
+                1 << 32,
+            ),
+        ];
+        match counted.iter().find(|(_, got, limit)| *got as u64 > *limit) {
+            Some(&(what, got, limit)) if self.dropout > 0.0 => {
+                Err(SpecError::DropoutCounter { what, got, limit })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What one rank's kernels see; dropout is not in it, since its seed comes with the inputs.
     pub fn problem(&self, rank: usize) -> Problem {
         Problem {
             batch: self.shape.batch,
@@ -236,6 +470,11 @@ impl AttentionSpec {
                 .shard_len(self.key_length, self.world_size, rank),
             scale: self.scale,
             mask: self.pattern.mask(),
+            scores: Scores {
+                softcap: self.softcap,
+                alibi_slopes: self.alibi_slopes.clone(),
+                dropout: None,
+            },
         }
     }
 
@@ -265,13 +504,40 @@ impl AttentionSpec {
             ("query heads", query_heads.to_string()),
             ("key/value heads", kv_heads.to_string()),
             ("head size", head_dim.to_string()),
-            (
-                "scale",
-                format!("{} (bits {:08x})", self.scale, self.scale.to_bits()),
-            ),
+            ("scale", exact(self.scale)),
             ("dtype", self.dtype.to_string()),
+            (
+                "documents",
+                optional(self.documents.as_ref().map(Documents::to_string)),
+            ),
+            (
+                "key lengths",
+                optional(
+                    self.key_lengths
+                        .as_ref()
+                        .map(|lengths| format!("{lengths:?}")),
+                ),
+            ),
+            ("softcap", optional(self.softcap.map(exact))),
+            (
+                "ALiBi slopes",
+                optional(self.alibi_slopes.as_ref().map(|slopes| {
+                    let slopes: Vec<String> = slopes.iter().copied().map(exact).collect();
+                    slopes.join(", ")
+                })),
+            ),
+            ("dropout", exact(self.dropout)),
         ]
         .map(|(name, value)| (name.to_string(), value))
         .to_vec()
     }
+}
+
+/// A number, to the bit.
+fn exact(number: f32) -> String {
+    format!("{number} (bits {:08x})", number.to_bits())
+}
+
+fn optional(text: Option<String>) -> String {
+    text.unwrap_or_else(|| "none".to_string())
 }

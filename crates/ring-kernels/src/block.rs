@@ -1,10 +1,14 @@
 //! What a kernel is asked to compute: blocks of (query rows x key rows), described by numbers, never by gathered copies.
 
+use std::sync::Arc;
+
 use ring_comm::buffer::Buffer;
 use serde::{Deserialize, Serialize};
 
+use crate::dropout::Dropout;
+
 /// Sizes of one attention problem as one rank sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Problem {
     /// Batch size.
     pub batch: usize,
@@ -22,6 +26,8 @@ pub struct Problem {
     pub scale: f32,
     /// Which pairs inside a block count.
     pub mask: Mask,
+    /// What scores and weights go through beside scale and softmax.
+    pub scores: Scores,
 }
 
 impl Problem {
@@ -31,14 +37,48 @@ impl Problem {
     }
 }
 
-/// Which pairs of global positions a block admits.
+/// Which pairs of global positions a block admits: for a query at `n`, the keys from `n - left` to `n + right`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Mask {
+pub struct Mask {
+    /// How far before the query its first key stands; `None` is no bound.
+    pub left: Option<u64>,
+    /// How far after the query its last key stands; `None` is no bound, 0 is causal.
+    pub right: Option<u64>,
+}
+
+impl Mask {
     /// Every pair.
-    #[default]
-    None,
+    pub const NONE: Self = Self {
+        left: None,
+        right: None,
+    };
+
     /// Keys at the query's position or before it.
-    Causal,
+    pub const CAUSAL: Self = Self {
+        left: None,
+        right: Some(0),
+    };
+
+    /// Whether a query at position `query` sees a key at position `key`.
+    pub fn admits(&self, query: i64, key: i64) -> bool {
+        let within = |bound: Option<u64>| bound.is_none_or(|bound| query.abs_diff(key) <= bound);
+        within(if key < query { self.left } else { self.right })
+    }
+}
+
+/// What scores go through between `S = scale Q K^T` and softmax, and weights after it. By default, nothing.
+///
+/// In this order: `S = softcap tanh(S / softcap)`; `S = S - slope |n - m|` for query position `n` and key position `m`; then
+/// softmax; then dropout.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Scores {
+    /// Bound on the scores, positive.
+    pub softcap: Option<f32>,
+    /// ALiBi's slope of every query head (arXiv 2108.12409). They are constants: they get no gradient.
+    pub alibi_slopes: Option<Arc<[f32]>>,
+    /// Which weights count as 0 when values are summed. Softmax's denominator counts them; the factor `1 / (1 - probability)` on
+    /// the others is part of the `output_scale` that kernels are given.
+    pub dropout: Option<Dropout>,
 }
 
 /// An arithmetic progression of rows, with the global positions they stand at.
@@ -78,23 +118,31 @@ pub struct Block {
     pub queries: Rows,
     /// Rows of the key/value source: the rank's own, or a slot that came from another rank.
     pub keys: Rows,
+    /// The branch that holds the pairs, for dropout: in each branch that has it, a pair is dropped or not by itself.
+    pub branch: u32,
 }
 
-/// Blocks that a set of key/value heads has in common (and all query heads that use them).
+/// Blocks that a set of key/value heads has in common (and all query heads that use them), in a set of batch entries.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HeadBlocks {
+    /// Batch entries.
+    pub entries: Vec<usize>,
     /// Key/value heads.
     pub kv_heads: Vec<usize>,
     /// Their blocks. Blocks may share query rows and key rows: the same pair in two blocks counts twice.
     pub blocks: Vec<Block>,
 }
 
-/// The blocks of one key/value head.
-pub(crate) fn blocks_of(blocks: &[HeadBlocks], kv_head: usize) -> impl Iterator<Item = &Block> {
+/// The blocks of one key/value head of one batch entry.
+pub(crate) fn blocks_of(
+    blocks: &[HeadBlocks],
+    entry: usize,
+    kv_head: usize,
+) -> impl Iterator<Item = &Block> {
     blocks
         .iter()
-        .filter(move |entry| entry.kv_heads.contains(&kv_head))
-        .flat_map(|entry| &entry.blocks)
+        .filter(move |of| of.kv_heads.contains(&kv_head) && of.entries.contains(&entry))
+        .flat_map(|of| &of.blocks)
 }
 
 /// Where the rows of a `[batch, heads, rows, head_dim]` tensor lie in memory, in elements.

@@ -2,8 +2,7 @@
 
 use ring_comm::buffer::DType;
 
-use crate::block::blocks_of;
-use crate::{HeadBlocks, HeadRows, KernelError, PackedRows, Problem, RowLayout, Rows};
+use crate::{HeadBlocks, HeadRows, KernelError, PackedRows, Problem, RowLayout, Rows, Scores};
 
 /// The sizes of a problem, known not to overflow.
 pub(crate) struct Sizes {
@@ -47,12 +46,41 @@ pub(crate) fn problem(problem: &Problem) -> Result<Sizes, KernelError> {
             "{query_heads} query heads cannot share {kv_heads} key/value heads evenly; the number of query heads must be a multiple"
         ));
     }
+    scores(problem)?;
     let query_rows = product(&[batch, query_heads, queries])?;
     Ok(Sizes {
         query_rows,
         query_elements: product(&[query_rows, head_dim])?,
         key_elements: product(&[batch, kv_heads, keys, head_dim])?,
     })
+}
+
+/// Checks what scores go through.
+fn scores(problem: &Problem) -> Result<(), KernelError> {
+    let Scores {
+        softcap,
+        alibi_slopes,
+        ..
+    } = &problem.scores;
+    if let Some(cap) = softcap.filter(|cap| !(cap.is_finite() && *cap > 0.0)) {
+        return invalid(format!(
+            "the softcap is {cap}; it must be positive and finite"
+        ));
+    }
+    let Some(slopes) = alibi_slopes else {
+        return Ok(());
+    };
+    if slopes.len() != problem.query_heads {
+        return invalid(format!(
+            "{} ALiBi slopes for {} query heads; every query head has one",
+            slopes.len(),
+            problem.query_heads
+        ));
+    }
+    match slopes.iter().find(|slope| !slope.is_finite()) {
+        Some(slope) => invalid(format!("an ALiBi slope is {slope}; slopes are finite")),
+        None => Ok(()),
+    }
 }
 
 /// Checks that a buffer holds at least `expected` elements.
@@ -247,6 +275,12 @@ fn heads(listed: &[usize], kv_heads: usize) -> Result<(), KernelError> {
 pub(crate) fn blocks(problem: &Problem, blocks: &[HeadBlocks]) -> Result<(), KernelError> {
     for entry in blocks {
         heads(&entry.kv_heads, problem.kv_heads)?;
+        if let Some(batch) = entry.entries.iter().find(|&&batch| batch >= problem.batch) {
+            return invalid(format!(
+                "batch entry {batch} is listed, but there are {}",
+                problem.batch
+            ));
+        }
         for block in &entry.blocks {
             inside(
                 "the queries of a block",
@@ -259,14 +293,17 @@ pub(crate) fn blocks(problem: &Problem, blocks: &[HeadBlocks]) -> Result<(), Ker
     Ok(())
 }
 
-/// Rows that the key source of checked `blocks` must have for a head.
+/// Rows that the key source of checked `blocks` must have for a head, in any batch entry.
 pub(crate) fn key_rows(blocks: &[HeadBlocks], head: usize) -> usize {
     let end = |rows: &Rows| {
         rows.count
             .checked_sub(1)
             .map_or(0, |last| rows.row(last) + 1)
     };
-    blocks_of(blocks, head)
+    blocks
+        .iter()
+        .filter(|of| of.kv_heads.contains(&head))
+        .flat_map(|of| &of.blocks)
         .map(|block| end(&block.keys))
         .max()
         .unwrap_or(0)

@@ -392,13 +392,14 @@ pub(crate) fn problem(
         queries: rows.0,
         keys: rows.1,
         scale: 1.0 / (head_dim as f32).sqrt(),
-        mask: Mask::None,
+        mask: Mask::NONE,
+        scores: Scores::default(),
     }
 }
 
 pub(crate) fn causal(problem: Problem) -> Problem {
     Problem {
-        mask: Mask::Causal,
+        mask: Mask::CAUSAL,
         ..problem
     }
 }
@@ -425,17 +426,39 @@ pub(crate) fn at(rows: Rows, first_position: i64, position_step: i64) -> Rows {
 pub(crate) fn on_all_heads(problem: &Problem, blocks: &[(Rows, Rows)]) -> Vec<HeadBlocks> {
     let blocks = blocks
         .iter()
-        .map(|&(queries, keys)| Block { queries, keys })
+        .map(|&(queries, keys)| block(queries, keys))
         .collect();
-    vec![HeadBlocks {
-        kv_heads: (0..problem.kv_heads).collect(),
+    vec![on_every_entry(
+        problem,
+        (0..problem.kv_heads).collect(),
         blocks,
-    }]
+    )]
+}
+
+/// A block of the first branch.
+pub(crate) fn block(queries: Rows, keys: Rows) -> Block {
+    Block {
+        queries,
+        keys,
+        branch: 0,
+    }
+}
+
+pub(crate) fn on_every_entry(
+    problem: &Problem,
+    kv_heads: Vec<usize>,
+    blocks: Vec<Block>,
+) -> HeadBlocks {
+    HeadBlocks {
+        entries: (0..problem.batch).collect(),
+        kv_heads,
+        blocks,
+    }
 }
 
 pub(crate) fn full(problem: Problem) -> Case {
     let block = (rows(0, 1, problem.queries), rows(0, 1, problem.keys));
-    Case::new(problem, on_all_heads(&problem, &[block]))
+    Case::new(problem.clone(), on_all_heads(&problem, &[block]))
 }
 
 /// Blocks that share rows and pairs, stride over memory and positions differently, and reach below position 0.
@@ -446,7 +469,7 @@ pub(crate) fn tangled(problem: Problem) -> Case {
         (at(rows(3, 1, 100), -20, 2), at(rows(10, 2, 60), -31, 3)),
         (rows(1, 2, 70), rows(0, 3, 45)),
     ];
-    Case::new(problem, on_all_heads(&problem, &blocks))
+    Case::new(problem.clone(), on_all_heads(&problem, &blocks))
 }
 
 prop_compose! {
@@ -464,27 +487,60 @@ prop_compose! {
     }
 }
 
+/// Any window, causal ones and none among them.
+pub(crate) fn any_mask() -> impl Strategy<Value = Mask> {
+    let bound =
+        || prop_oneof![2 => Just(None), 1 => Just(Some(0)), 2 => (1u64..200).prop_map(Some)];
+    (bound(), bound()).prop_map(|(left, right)| Mask { left, right })
+}
+
+/// Softcap, slopes and dropout, each there or not.
+pub(crate) fn any_scores(query_heads: usize) -> impl Strategy<Value = Scores> {
+    let slopes = prop::collection::vec(0.0..0.5f32, query_heads);
+    (
+        prop::option::of(0.5..8.0f32),
+        prop::option::of(slopes.prop_map(Into::into)),
+        prop::option::of((0.0..0.9f32, any::<u64>(), 0u32..9)),
+    )
+        .prop_map(|(softcap, alibi_slopes, dropout)| Scores {
+            softcap,
+            alibi_slopes,
+            dropout: dropout
+                .map(|(probability, seed, entry)| Dropout::new(probability, seed, entry)),
+        })
+}
+
 prop_compose! {
     pub(crate) fn any_case(dtypes: &'static [DType])(
         (batch, kv_heads, group) in (1usize..3, 1usize..4, 1usize..3),
         (head_dim, queries, keys) in (1usize..20, 1usize..170, 1usize..170),
-        causal in any::<bool>(),
         strided in any::<bool>(),
         dtype in prop::sample::select(dtypes),
+        plain in any::<bool>(),
     )(
-        blocks in prop::collection::vec((any_rows(queries), any_rows(keys), 0..kv_heads), 0..5),
-        problem in Just(Problem {
-            mask: if causal { Mask::Causal } else { Mask::None },
-            ..problem(batch, (group * kv_heads, kv_heads), head_dim, (queries, keys))
-        }),
+        blocks in prop::collection::vec(
+            (any_rows(queries), any_rows(keys), 0..kv_heads, 0..batch, 0u32..3),
+            0..5,
+        ),
+        mask in any_mask(),
+        scores in any_scores(group * kv_heads),
+        problem in Just(problem(batch, (group * kv_heads, kv_heads), head_dim, (queries, keys))),
         dtype in Just(dtype),
         order in Just(if strided { Order::RowsFirst } else { Order::HeadsFirst }),
+        plain in Just(plain),
     ) -> Case {
-        let blocks = blocks.into_iter().map(|(queries, keys, first_head)| HeadBlocks {
+        let problem = Problem {
+            mask,
+            scores: if plain { Scores::default() } else { scores },
+            ..problem
+        };
+        let blocks = blocks.into_iter().map(|(queries, keys, first_head, first_entry, branch)| HeadBlocks {
+            entries: (first_entry..problem.batch).collect(),
             kv_heads: (first_head..problem.kv_heads).collect(),
-            blocks: vec![Block { queries, keys }],
+            blocks: vec![Block { queries, keys, branch }],
         });
-        Case { order, dtype, ..Case::new(problem, blocks.collect()) }
+        let blocks = blocks.collect();
+        Case { order, dtype, ..Case::new(problem, blocks) }
     }
 }
 

@@ -26,7 +26,7 @@
 //! ```
 //! use ring_comm::buffer::{Buffer, DType, HostBuffer};
 //! use ring_kernels::{
-//!     Block, CpuKernels, HeadBlocks, KernelError, Kernels, KeyValue, Mask, Problem, RowLayout, Rows, Tensor,
+//!     Block, CpuKernels, HeadBlocks, KernelError, Kernels, KeyValue, Mask, Problem, RowLayout, Rows, Scores, Tensor,
 //! };
 //!
 //! # fn main() -> Result<(), KernelError> {
@@ -39,10 +39,12 @@
 //!     queries: 3,
 //!     keys: 3,
 //!     scale: 1.0,
-//!     mask: Mask::Causal,
+//!     mask: Mask::CAUSAL,
+//!     scores: Scores::default(),
 //! };
 //! let all = Rows { first_row: 0, row_step: 1, count: 3, first_position: 0, position_step: 1 };
-//! let blocks = [HeadBlocks { kv_heads: vec![0], blocks: vec![Block { queries: all, keys: all }] }];
+//! let block = Block { queries: all, keys: all, branch: 0 };
+//! let blocks = [HeadBlocks { entries: vec![0], kv_heads: vec![0], blocks: vec![block] }];
 //!
 //! let layout = RowLayout::contiguous(1, 3, 2);
 //! let zeros = HostBuffer::zeros(DType::F32, 6);
@@ -67,6 +69,7 @@ mod check;
 mod cpu;
 #[cfg(feature = "cube")]
 mod cube;
+mod dropout;
 mod kernels;
 
 #[cfg(test)]
@@ -81,4 +84,5 @@ pub use cube::{CubeBuffer, CubeDevice, CubeKernels, CubeView};
 /// CubeCL, of the version whose clients [`CubeDevice`] takes.
 #[cfg(feature = "cube")]
 pub use cubecl;
+pub use dropout::{Dropout, philox};
 pub use kernels::*;

@@ -1,6 +1,6 @@
 //! The judge of the kernels: attention in f64, one pair of rows at a time, exactly as the equations say.
 
-use crate::{HeadBlocks, Mask, Problem};
+use crate::{HeadBlocks, Problem};
 
 /// Contiguous `[batch, heads, rows, head_dim]` tensors, and `[batch, query_heads, queries]` rows.
 pub(crate) struct Inputs {
@@ -20,27 +20,48 @@ pub(crate) struct Answer {
     pub(crate) grad_value: Vec<f64>,
 }
 
-/// Every admitted pair of rows, as often as blocks admit it: `(query row, key row)` over all heads and batch entries.
-fn pairs(problem: &Problem, blocks: &[HeadBlocks]) -> Vec<(usize, usize)> {
+/// An admitted pair of rows, counted over all heads and batch entries.
+struct Pair {
+    query: usize,
+    key: usize,
+    /// `-slope |n - m|`
+    bias: f64,
+    /// 0 if dropped, else 1.
+    kept: f64,
+}
+
+/// Every admitted pair of rows, as often as blocks admit it.
+fn pairs(problem: &Problem, blocks: &[HeadBlocks]) -> Vec<Pair> {
     let mut pairs = Vec::new();
     for batch in 0..problem.batch {
         for head in 0..problem.query_heads {
             let kv_head = head / (problem.query_heads / problem.kv_heads);
-            for entry in blocks
-                .iter()
-                .filter(|entry| entry.kv_heads.contains(&kv_head))
-            {
-                for block in &entry.blocks {
-                    for i in 0..block.queries.count {
-                        for j in 0..block.keys.count {
-                            let (query, key) = (block.queries.position(i), block.keys.position(j));
-                            if problem.mask == Mask::Causal && key > query {
-                                continue;
-                            }
-                            let queries = (batch * problem.query_heads + head) * problem.queries;
-                            let keys = (batch * problem.kv_heads + kv_head) * problem.keys;
-                            pairs.push((queries + block.queries.row(i), keys + block.keys.row(j)));
+            let of_head = |entry: &&HeadBlocks| {
+                entry.kv_heads.contains(&kv_head) && entry.entries.contains(&batch)
+            };
+            for block in blocks.iter().filter(of_head).flat_map(|of| &of.blocks) {
+                for i in 0..block.queries.count {
+                    for j in 0..block.keys.count {
+                        let (n, m) = (block.queries.position(i), block.keys.position(j));
+                        if problem.mask.left.is_some_and(|left| n - m > left as i64)
+                            || problem.mask.right.is_some_and(|right| m - n > right as i64)
+                        {
+                            continue;
                         }
+                        let scores = &problem.scores;
+                        let slope = scores.alibi_slopes.as_ref().map_or(0.0, |all| all[head]);
+                        let kept = scores.dropout.is_none_or(|dropout| {
+                            let stream = dropout.stream(batch, problem.query_heads, head);
+                            dropout.keeps(stream, block.branch, n, m)
+                        });
+                        let queries = (batch * problem.query_heads + head) * problem.queries;
+                        let keys = (batch * problem.kv_heads + kv_head) * problem.keys;
+                        pairs.push(Pair {
+                            query: queries + block.queries.row(i),
+                            key: keys + block.keys.row(j),
+                            bias: -f64::from(slope) * n.abs_diff(m) as f64,
+                            kept: f64::from(u8::from(kept)),
+                        });
                     }
                 }
             }
@@ -75,20 +96,33 @@ pub(crate) fn attention(
     let d = problem.head_dim;
     let rows = problem.batch * problem.query_heads * problem.queries;
     let pairs = pairs(problem, blocks);
-    let scores: Vec<f64> = pairs
+    // What a score becomes, and its derivative.
+    let capped = |score: f64| match problem.scores.softcap.map(f64::from) {
+        Some(cap) => {
+            let tanh = (score / cap).tanh();
+            (cap * tanh, 1.0 - tanh * tanh)
+        }
+        None => (score, 1.0),
+    };
+    let scores: Vec<(f64, f64)> = pairs
         .iter()
-        .map(|&(n, m)| {
-            f64::from(problem.scale) * dot(row(&inputs.query, n, d), row(&inputs.key, m, d))
+        .map(|pair| {
+            let product = dot(
+                row(&inputs.query, pair.query, d),
+                row(&inputs.key, pair.key, d),
+            );
+            let (score, derivative) = capped(f64::from(problem.scale) * product);
+            (score + pair.bias, derivative)
         })
         .collect();
 
     let mut max = vec![f64::NEG_INFINITY; rows];
-    for (&(n, _), &score) in pairs.iter().zip(&scores) {
-        max[n] = max[n].max(score);
+    for (pair, &(score, _)) in pairs.iter().zip(&scores) {
+        max[pair.query] = max[pair.query].max(score);
     }
     let mut sum = vec![0.0; rows];
-    for (&(n, _), &score) in pairs.iter().zip(&scores) {
-        sum[n] += (score - max[n]).exp();
+    for (pair, &(score, _)) in pairs.iter().zip(&scores) {
+        sum[pair.query] += (score - max[pair.query]).exp();
     }
     let log_sum_exp: Vec<f64> = max
         .iter()
@@ -97,32 +131,27 @@ pub(crate) fn attention(
         .collect();
 
     let mut output = vec![0.0; rows * d];
-    for (&(n, m), &score) in pairs.iter().zip(&scores) {
-        let p = (score - log_sum_exp[n]).exp();
-        add(&mut output, n, output_scale * p, row(&inputs.value, m, d));
+    for (pair, &(score, _)) in pairs.iter().zip(&scores) {
+        let p = output_scale * pair.kept * (score - log_sum_exp[pair.query]).exp();
+        add(&mut output, pair.query, p, row(&inputs.value, pair.key, d));
     }
 
     let mut grad_query = vec![0.0; inputs.query.len()];
     let mut grad_key = vec![0.0; inputs.key.len()];
     let mut grad_value = vec![0.0; inputs.value.len()];
-    for (&(n, m), &score) in pairs.iter().zip(&scores) {
+    for (pair, &(score, derivative)) in pairs.iter().zip(&scores) {
+        let &Pair {
+            query: n, key: m, ..
+        } = pair;
         let p = (score - log_sum_exp[n]).exp();
+        let factor = output_scale * pair.kept;
         let grad_output = row(&inputs.grad_output, n, d);
         let delta = dot(grad_output, row(&output, n, d)) - inputs.grad_log_sum_exp[n];
-        let ds = p * (output_scale * dot(grad_output, row(&inputs.value, m, d)) - delta);
-        add(&mut grad_value, m, output_scale * p, grad_output);
-        add(
-            &mut grad_query,
-            n,
-            f64::from(problem.scale) * ds,
-            row(&inputs.key, m, d),
-        );
-        add(
-            &mut grad_key,
-            m,
-            f64::from(problem.scale) * ds,
-            row(&inputs.query, n, d),
-        );
+        let ds = p * (factor * dot(grad_output, row(&inputs.value, m, d)) - delta);
+        let ds = f64::from(problem.scale) * derivative * ds;
+        add(&mut grad_value, m, factor * p, grad_output);
+        add(&mut grad_query, n, ds, row(&inputs.key, m, d));
+        add(&mut grad_key, m, ds, row(&inputs.query, n, d));
     }
     Answer {
         output,

@@ -199,7 +199,7 @@ impl Work for TaskWork<'_, '_, '_> {
             strides: Strides::new::<S, F>(problem.head_dim),
             scratch: Scratch::new(scratch, problem.head_dim),
         };
-        for block in blocks_of(pass.blocks, task.kv_head) {
+        for block in blocks_of(pass.blocks, task.batch, task.kv_head) {
             let keys = within(&block.keys, &task.key_rows);
             let queries = within(&block.queries, &task.query_rows);
             for member in task.members.clone() {

@@ -214,7 +214,7 @@ impl Work for TaskWork<'_, '_, '_> {
             scratch: Scratch::new(scratch, problem.head_dim),
         };
         let kv_head = task.query_head / problem.group_size();
-        for block in blocks_of(pass.blocks, kv_head) {
+        for block in blocks_of(pass.blocks, task.batch, kv_head) {
             for queries in tiles(within(&block.queries, &task.rows), band(problem.head_dim)) {
                 bands.band(&mut task, &queries, &block.keys);
             }

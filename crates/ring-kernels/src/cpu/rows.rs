@@ -40,10 +40,13 @@ pub(super) fn tiles(rows: Rows, size: usize) -> impl Iterator<Item = Rows> {
 
 /// How many of `keys` a query at `position` sees. Positions ascend, so these are the first ones.
 pub(super) fn visible(mask: Mask, position: i64, keys: &Rows) -> usize {
-    match mask {
-        Mask::None => keys.count,
-        Mask::Causal if position < keys.first_position => 0,
-        Mask::Causal => {
+    let Some(right) = mask.right else {
+        return keys.count;
+    };
+    let position = position.saturating_add_unsigned(right);
+    match position {
+        _ if position < keys.first_position => 0,
+        _ => {
             let steps =
                 position.abs_diff(keys.first_position) / keys.position_step.unsigned_abs().max(1);
             usize::try_from(steps)
@@ -54,10 +57,13 @@ pub(super) fn visible(mask: Mask, position: i64, keys: &Rows) -> usize {
 
 /// The first of `queries` that sees a key at `position`; their number if none does.
 pub(super) fn first_seeing(mask: Mask, position: i64, queries: &Rows) -> usize {
-    match mask {
-        Mask::None => 0,
-        Mask::Causal if position <= queries.first_position => 0,
-        Mask::Causal => {
+    let Some(right) = mask.right else {
+        return 0;
+    };
+    let position = position.saturating_sub_unsigned(right);
+    match position {
+        _ if position <= queries.first_position => 0,
+        _ => {
             let steps = position
                 .abs_diff(queries.first_position)
                 .div_ceil(queries.position_step.unsigned_abs().max(1));
@@ -126,8 +132,8 @@ mod tests {
             let expected = (0..ROWS.count)
                 .filter(|&i| ROWS.position(i) <= position)
                 .count();
-            assert_eq!(visible(Mask::Causal, position, &ROWS), expected);
-            assert_eq!(visible(Mask::None, position, &ROWS), ROWS.count);
+            assert_eq!(visible(Mask::CAUSAL, position, &ROWS), expected);
+            assert_eq!(visible(Mask::NONE, position, &ROWS), ROWS.count);
         }
     }
 
@@ -137,8 +143,8 @@ mod tests {
             let expected = (0..ROWS.count)
                 .find(|&i| ROWS.position(i) >= position)
                 .unwrap_or(ROWS.count);
-            assert_eq!(first_seeing(Mask::Causal, position, &ROWS), expected);
-            assert_eq!(first_seeing(Mask::None, position, &ROWS), 0);
+            assert_eq!(first_seeing(Mask::CAUSAL, position, &ROWS), expected);
+            assert_eq!(first_seeing(Mask::NONE, position, &ROWS), 0);
         }
     }
 

@@ -171,7 +171,7 @@ pub(super) fn records(
     let mut records = Vec::new();
     let mut sets = Vec::new();
     for head in 0..problem.kv_heads {
-        for block in blocks_of(blocks, head) {
+        for block in blocks_of(blocks, 0, head) {
             if let Some(record) = block_record(problem.mask, head, block)? {
                 records.push(record);
                 sets.push((head, written(block)));

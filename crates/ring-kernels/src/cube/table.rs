@@ -111,7 +111,7 @@ pub(super) fn block_record(
     kv_head: usize,
     block: &Block,
 ) -> Result<Option<Record>, KernelError> {
-    let Block { queries, keys } = block;
+    let Block { queries, keys, .. } = block;
     if queries.count == 0 || keys.count == 0 {
         return Ok(None);
     }
@@ -173,7 +173,7 @@ impl Sight {
         };
         let ((query_step, query_span), (key_step, key_span)) = (span(queries), span(keys));
         let ahead = i128::from(queries.first_position) - i128::from(keys.first_position);
-        if mask == Mask::None || ahead >= key_span {
+        if mask == Mask::NONE || ahead >= key_span {
             // Every query leads every key.
             return Ok(Some(Self {
                 query_step: 0,
@@ -222,15 +222,19 @@ mod tests {
         for first in -40..40 {
             for (query_step, key_step) in [(1, 1), (1, 3), (4, 1), (3, 2)] {
                 for (query_count, key_count) in [(7, 9), (1, 9), (7, 1), (1, 1)] {
-                    for mask in [Mask::None, Mask::Causal] {
+                    for mask in [Mask::NONE, Mask::CAUSAL] {
                         let queries = rows(query_count, first, query_step);
                         let keys = rows(key_count, 3, key_step);
-                        let block = Block { queries, keys };
+                        let block = Block {
+                            queries,
+                            keys,
+                            branch: 0,
+                        };
                         let record = block_record(mask, 0, &block).unwrap();
                         for i in 0..query_count {
                             for j in 0..key_count {
                                 let expected =
-                                    mask == Mask::None || keys.position(j) <= queries.position(i);
+                                    mask == Mask::NONE || keys.position(j) <= queries.position(i);
                                 let got = record.is_some_and(|record| {
                                     i as u32 * record[QUERY_POSITION_STEP] + record[LEAD]
                                         >= j as u32 * record[KEY_POSITION_STEP] + record[LAG]
@@ -249,17 +253,19 @@ mod tests {
         let wide = Block {
             queries: rows(3, 0, 1 << 31),
             keys: rows(3, 1, 1 << 31),
+            branch: 0,
         };
         let refused = |result: Result<_, _>| matches!(result, Err(KernelError::Invalid(_)));
-        assert!(refused(block_record(Mask::Causal, 0, &wide)));
-        assert!(!refused(block_record(Mask::None, 0, &wide)));
+        assert!(refused(block_record(Mask::CAUSAL, 0, &wide)));
+        assert!(!refused(block_record(Mask::NONE, 0, &wide)));
         let far = Block {
             queries: Rows {
                 first_row: 1 << 32,
                 ..rows(1, 0, 1)
             },
             keys: rows(1, 0, 1),
+            branch: 0,
         };
-        assert!(refused(block_record(Mask::None, 0, &far)));
+        assert!(refused(block_record(Mask::NONE, 0, &far)));
     }
 }
