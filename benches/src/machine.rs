@@ -5,6 +5,7 @@ use std::{
     path::Path,
     process::{self, Command},
     thread::available_parallelism,
+    time::Duration,
 };
 
 /// Model of the processor.
@@ -57,6 +58,13 @@ pub fn processor_ticks(process: &process::Child) -> Option<u64> {
     let (_, fields) = stat.rsplit_once(')')?;
     let fields: Vec<&str> = fields.split_whitespace().collect();
     Some(fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?)
+}
+
+/// Time for which this thread was on a processor (Linux: `/proc/thread-self/schedstat`).
+pub fn thread_time() -> Option<Duration> {
+    let text = fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    let nanoseconds = text.split_whitespace().next()?.parse().ok()?;
+    Some(Duration::from_nanos(nanoseconds))
 }
 
 fn kibibytes(file: &Path, field: &str) -> Option<u64> {
