@@ -7,7 +7,9 @@ use ring_comm::{
     Communicator, Loopback, LoopbackEndpoint, Transport,
     buffer::{Buffer, DType, HostBuffer},
 };
-use ring_core::{AttentionSpec, Error, Gradients, Inputs, Output, Plan, Saved, backward, forward};
+use ring_core::{
+    AttentionSpec, DropoutSeed, Error, Gradients, Inputs, Output, Plan, Saved, backward, forward,
+};
 use ring_kernels::{CpuKernels, RowLayout, Tensor};
 
 /// Longest wait of a rank for another.
@@ -104,6 +106,7 @@ impl Rank {
                 data: self.value.view(),
                 layout: &self.key_layout,
             },
+            dropout: DropoutSeed::default(),
         }
     }
 

@@ -114,6 +114,7 @@ impl Options {
         let pattern = self.pattern.pattern()?;
         let spec = AttentionSpec::new(pattern, shape, self.length)
             .and_then(|spec| spec.sharded(self.sharding, self.ranks))
+            .and_then(|spec| self.pattern.masked(spec))
             .map_err(Failure::input)?
             .with_dtype(self.dtype);
         match self.rank {
