@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     plan::{Exchange, Message, Plan, Step},
     progression::{Progression, disjoint_cover},
-    selection::{Shard, head_classes, overlaps, segment_pairs},
+    selection::{Overlap, Shard, entry_classes, head_classes, overlaps, segment_pairs},
     spec::AttentionSpec,
 };
 
@@ -59,16 +59,18 @@ impl CommunicationEstimate {
 /// Forward bytes received, by the first branch that wants the row.
 fn received_per_branch(spec: &AttentionSpec, rank: usize) -> Vec<u64> {
     let queries = Shard::queries(spec, rank);
-    let classes = head_classes(spec);
+    let (classes, entries) = (head_classes(spec), entry_classes(spec));
     let mut bytes = vec![0; spec.pattern.branches().len()];
     for source in (0..spec.world_size).filter(|&source| source != rank) {
-        let overlaps = overlaps(spec, &queries, &Shard::keys(spec, source));
+        let keys = Shard::keys(spec, source);
+        let of_entries = |entries| overlaps(spec, entries, &queries, &keys);
+        let overlaps: Vec<Overlap> = entries.iter().flat_map(of_entries).collect();
         for class in &classes {
-            let pairs = segment_pairs(spec, class, &overlaps);
+            let mut pairs = segment_pairs(spec, class, &overlaps);
+            pairs.sort_by_key(|pairs| pairs.branch);
             let row_bytes = (class.kv_heads.len() * spec.shape.batch) as u64 * spec.row_bytes();
             let mut sets: Vec<Progression> = Vec::new();
             let mut counted = 0;
-            // Overlaps, and so pairs, are in the order of the branches.
             for of_branch in pairs.chunk_by(|a, b| a.branch == b.branch) {
                 for pairs in of_branch {
                     let copies = 0..pairs.repeat as i64;

@@ -1,8 +1,12 @@
 //! The judge of everything else: attention as its definition says, O(N^2), float64, on one rank.
 //!
-//! Written to be obviously correct, not fast. Nothing here is shared with the code it judges.
+//! Written to be obviously correct, not fast. Nothing here is shared with the code it judges, but for the definition of which
+//! weights dropout drops.
+
+use ring_kernels::Dropout;
 
 use crate::{
+    driver::DropoutSeed,
     pattern::{HeadOffsets, Mixing},
     spec::AttentionSpec,
 };
@@ -35,36 +39,67 @@ pub struct OracleInput<'a> {
     pub grad_output: Option<&'a [f64]>,
     /// Gradient that reaches the log-sum-exp, zero if absent.
     pub grad_log_sum_exp: Option<&'a [f64]>,
+    /// What chooses the weights that dropout drops.
+    pub dropout: DropoutSeed,
 }
 
-/// How many branches hold the pair of query position `n` and key `m` in the heads of `kv_head`: `M[h,n,m]`.
-pub fn multiplicity(spec: &AttentionSpec, kv_head: usize, n: i64, m: i64) -> usize {
-    if spec.pattern.is_causal() && m > n {
-        return 0;
-    }
+/// How many branches hold the pair of query position `n` and key `m` in the heads of `kv_head` of a batch entry: `M[h,n,m]`.
+pub fn multiplicity(spec: &AttentionSpec, entry: usize, kv_head: usize, n: i64, m: i64) -> usize {
+    branches(spec, entry, kv_head, n, m).count()
+}
+
+/// The branches that hold a pair.
+fn branches(
+    spec: &AttentionSpec,
+    entry: usize,
+    kv_head: usize,
+    n: i64,
+    m: i64,
+) -> impl Iterator<Item = usize> + '_ {
+    let visible = sees(spec, entry, n, m);
     let branches = spec.pattern.branches();
-    (0..branches.len())
-        .filter(|&branch| {
-            let Some(offset) = head_offset(spec, branch, kv_head) else {
-                return false;
-            };
-            let rate = branches[branch].dilation_rate as i64;
-            // Segment of a position, and the position within it.
-            let place = |position: i64| match branches[branch].segment_length {
-                None => (0, position),
-                Some(length) => (
-                    position.div_euclid(length as i64),
-                    position.rem_euclid(length as i64),
-                ),
-            };
-            let selected = |within: i64| {
-                let steps = within - offset as i64;
-                steps % rate == 0 && (steps >= 0 || branches[branch].segment_length.is_none())
-            };
-            let ((query_segment, query), (key_segment, key)) = (place(n), place(m));
-            query_segment == key_segment && selected(query) && selected(key)
+    (0..branches.len()).filter(move |&branch| {
+        let Some(offset) = head_offset(spec, branch, kv_head) else {
+            return false;
+        };
+        let rate = branches[branch].dilation_rate as i64;
+        // Segment of a position, and the position within it.
+        let place = |position: i64| match branches[branch].segment_length {
+            None => (0, position),
+            Some(length) => (
+                position.div_euclid(length as i64),
+                position.rem_euclid(length as i64),
+            ),
+        };
+        let selected = |within: i64| {
+            let steps = within - offset as i64;
+            steps % rate == 0 && (steps >= 0 || branches[branch].segment_length.is_none())
+        };
+        let ((query_segment, query), (key_segment, key)) = (place(n), place(m));
+        visible && query_segment == key_segment && selected(query) && selected(key)
+    })
+}
+
+/// Whether causality, window, documents and padding let a query see a key, whatever the branches.
+fn sees(spec: &AttentionSpec, entry: usize, n: i64, m: i64) -> bool {
+    let window = spec.pattern.window();
+    let hidden = (spec.pattern.is_causal() && m > n)
+        || window.left.is_some_and(|left| n - m > left as i64)
+        || window.right.is_some_and(|right| m - n > right as i64);
+    let padding = spec
+        .key_lengths
+        .as_ref()
+        .is_some_and(|lengths| m >= lengths[entry] as i64);
+    let one_document = spec.documents.as_ref().is_none_or(|documents| {
+        let mut start = 0;
+        documents.lengths(entry).iter().any(|&length| {
+            let end = start + length as i64;
+            let both = (start..end).contains(&n) && (start..end).contains(&m);
+            start = end;
+            both
         })
-        .count()
+    });
+    !hidden && !padding && one_document
 }
 
 /// Offset of a key/value head in a branch; `None` if it does not have the branch.
@@ -100,9 +135,27 @@ pub fn attention(spec: &AttentionSpec, input: OracleInput<'_>) -> OracleOutput {
     let (nq, nk, dim) = (spec.query_length, spec.key_length, shape.head_dim);
     let group = shape.query_heads / shape.kv_heads;
     let scale = f64::from(spec.scale);
+    let kept = 1.0 / (1.0 - f64::from(spec.dropout));
     let output_scale = match spec.pattern.mixing() {
-        Mixing::LongNet => 1.0,
-        Mixing::HeadGroups => 1.0 / spec.pattern.branches().len() as f64,
+        Mixing::LongNet => kept,
+        Mixing::HeadGroups => kept / spec.pattern.branches().len() as f64,
+    };
+    let DropoutSeed { seed, first_entry } = input.dropout;
+    let dropout = Dropout::new(spec.dropout, seed, first_entry);
+    // What a product of query and key becomes, and its derivative.
+    let score_of = |product: f64, head: usize, distance: u64| {
+        let (score, derivative) = match spec.softcap.map(f64::from) {
+            None => (scale * product, 1.0),
+            Some(cap) => {
+                let tanh = (scale * product / cap).tanh();
+                (cap * tanh, 1.0 - tanh * tanh)
+            }
+        };
+        let slope = spec
+            .alibi_slopes
+            .as_ref()
+            .map_or(0.0, |slopes| f64::from(slopes[head]));
+        (score - slope * distance as f64, derivative)
     };
     let rows = shape.batch * shape.query_heads * nq;
     let mut result = OracleOutput {
@@ -125,12 +178,24 @@ pub fn attention(spec: &AttentionSpec, input: OracleInput<'_>) -> OracleOutput {
         let kv_head = head / group;
         let query = &input.query[row * dim..][..dim];
         let key_at = |m: usize| ((batch * shape.kv_heads + kv_head) * nk + m) * dim;
-        let counted: Vec<(usize, f64, f64)> = (0..nk)
+        let position = n as i64 + spec.query_offset;
+        let stream = dropout.stream(batch, shape.query_heads, head);
+        let counted: Vec<Counted> = (0..nk)
             .filter_map(|m| {
-                let position = n as i64 + spec.query_offset;
-                let count = multiplicity(spec, kv_head, position, m as i64);
-                let score = scale * dot(query, &input.key[key_at(m)..][..dim]);
-                (count > 0).then_some((m, count as f64, score))
+                let of_pair = || branches(spec, batch, kv_head, position, m as i64);
+                let is_kept = |&branch: &usize| {
+                    spec.dropout == 0.0 || dropout.keeps(stream, branch as u32, position, m as i64)
+                };
+                let count = of_pair().count() as f64;
+                let product = dot(query, &input.key[key_at(m)..][..dim]);
+                let (score, derivative) = score_of(product, head, position.abs_diff(m as i64));
+                (count > 0.0).then(|| Counted {
+                    m,
+                    count,
+                    kept: of_pair().filter(is_kept).count() as f64,
+                    score,
+                    derivative,
+                })
             })
             .collect();
         if counted.is_empty() {
@@ -138,18 +203,19 @@ pub fn attention(spec: &AttentionSpec, input: OracleInput<'_>) -> OracleOutput {
         }
         let max = counted
             .iter()
-            .map(|entry| entry.2)
+            .map(|entry| entry.score)
             .fold(f64::NEG_INFINITY, f64::max);
         let sum: f64 = counted
             .iter()
-            .map(|(_, count, score)| count * (score - max).exp())
+            .map(|entry| entry.count * (entry.score - max).exp())
             .sum();
         let lse = max + sum.ln();
         result.log_sum_exp[row] = lse;
-        for &(m, count, score) in &counted {
-            let weight = count * (score - lse).exp();
+        for entry in &counted {
+            let weight = entry.kept * (entry.score - lse).exp();
+            let value = key_at(entry.m);
             for d in 0..dim {
-                result.output[row * dim + d] += output_scale * weight * input.value[key_at(m) + d];
+                result.output[row * dim + d] += output_scale * weight * input.value[value + d];
             }
         }
         let Some(grad_output) = input.grad_output else {
@@ -158,16 +224,30 @@ pub fn attention(spec: &AttentionSpec, input: OracleInput<'_>) -> OracleOutput {
         let grad_output = &grad_output[row * dim..][..dim];
         let delta = dot(grad_output, &result.output[row * dim..][..dim])
             - input.grad_log_sum_exp.map_or(0.0, |grad| grad[row]);
-        for &(m, count, score) in &counted {
-            let weight = count * (score - lse).exp();
-            let value = &input.value[key_at(m)..][..dim];
-            let grad_score = weight * (output_scale * dot(grad_output, value) - delta);
+        for entry in &counted {
+            let weight = (entry.score - lse).exp();
+            let at = key_at(entry.m);
+            let product = output_scale * dot(grad_output, &input.value[at..][..dim]);
+            let grad_score = weight * (entry.kept * product - entry.count * delta);
+            let grad_score = scale * entry.derivative * grad_score;
             for d in 0..dim {
-                result.grad_value[key_at(m) + d] += output_scale * weight * grad_output[d];
-                result.grad_query[row * dim + d] += scale * grad_score * input.key[key_at(m) + d];
-                result.grad_key[key_at(m) + d] += scale * grad_score * query[d];
+                result.grad_value[at + d] += output_scale * entry.kept * weight * grad_output[d];
+                result.grad_query[row * dim + d] += grad_score * input.key[at + d];
+                result.grad_key[at + d] += grad_score * query[d];
             }
         }
     }
     result
+}
+
+/// A key that branches hold with a query.
+struct Counted {
+    m: usize,
+    /// By how many.
+    count: f64,
+    /// Of these, how many dropout keeps.
+    kept: f64,
+    score: f64,
+    /// Of the score, by the product of query and key times the scale.
+    derivative: f64,
 }

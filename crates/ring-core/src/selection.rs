@@ -1,8 +1,82 @@
 //! Which rows of which rank a rank needs: the pattern, applied to pairs of spans.
+//!
+//! Everything is decided on global positions. What differs from batch entry to batch entry (documents, padding) cuts spans of
+//! positions; what moves with the query (causality, windows) cuts row sets to what can see and be seen, and is left to the
+//! kernels within them.
 
 use std::collections::BTreeMap;
 
+use ring_kernels::Mask;
+
 use crate::{progression::Progression, sharding::Span, spec::AttentionSpec};
+
+/// Batch entries to whose queries the same keys are visible.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct EntryClass {
+    pub(crate) entries: Vec<usize>,
+    /// Ranges of positions that see nothing of each other, ascending; `None` is one range of all positions.
+    documents: Option<Vec<(i64, i64)>>,
+    /// One past the position of the last key that is no padding.
+    key_end: i64,
+}
+
+/// The entry classes of a computation, ordered by their first entry. There is one if entries do not differ, also of no entry.
+pub(crate) fn entry_classes(spec: &AttentionSpec) -> Vec<EntryClass> {
+    let key_end = |entry: usize| match &spec.key_lengths {
+        Some(lengths) => lengths[entry],
+        None => spec.key_length,
+    };
+    let differ = spec.key_lengths.is_some()
+        || spec
+            .documents
+            .as_ref()
+            .is_some_and(|documents| documents.lists() > 1);
+    if !differ {
+        return vec![EntryClass {
+            entries: (0..spec.shape.batch).collect(),
+            documents: spec
+                .documents
+                .as_ref()
+                .map(|documents| documents.ranges(0).collect()),
+            key_end: spec.key_length as i64,
+        }];
+    }
+    let mut index_of = BTreeMap::new();
+    let mut classes: Vec<EntryClass> = Vec::new();
+    for entry in 0..spec.shape.batch {
+        let lengths = spec
+            .documents
+            .as_ref()
+            .map(|documents| documents.lengths(entry));
+        let index = *index_of
+            .entry((lengths, key_end(entry)))
+            .or_insert_with(|| {
+                classes.push(EntryClass {
+                    entries: Vec::new(),
+                    documents: spec
+                        .documents
+                        .as_ref()
+                        .map(|documents| documents.ranges(entry).collect()),
+                    key_end: key_end(entry) as i64,
+                });
+                classes.len() - 1
+            });
+        classes[index].entries.push(entry);
+    }
+    classes
+}
+
+impl EntryClass {
+    /// The documents that have positions in both ranges.
+    fn documents_of(&self, queries: (i64, i64), keys: (i64, i64)) -> &[(i64, i64)] {
+        let Some(documents) = &self.documents else {
+            return &[(i64::MIN, i64::MAX)];
+        };
+        let first = documents.partition_point(|document| document.1 <= queries.0.max(keys.0));
+        let end = documents.partition_point(|document| document.0 < queries.1.min(keys.1));
+        &documents[first..end.max(first)]
+    }
+}
 
 /// Key/value heads with the same offset in every branch, and therefore the same rows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,6 +185,9 @@ pub(crate) struct Overlap {
     branch: usize,
     query_piece: Piece,
     key_piece: Piece,
+    /// The positions of the pieces that are in one document, keys without padding.
+    queries: (i64, i64),
+    keys: (i64, i64),
     /// Start and end of the first segment.
     low: i64,
     high: i64,
@@ -118,27 +195,42 @@ pub(crate) struct Overlap {
     period: i64,
 }
 
-/// The segments that two shards have in common.
-pub(crate) fn overlaps(spec: &AttentionSpec, queries: &Shard, keys: &Shard) -> Vec<Overlap> {
+/// The segments that two shards have in common, in some batch entries; in the order of the branches.
+pub(crate) fn overlaps(
+    spec: &AttentionSpec,
+    class: &EntryClass,
+    queries: &Shard,
+    keys: &Shard,
+) -> Vec<Overlap> {
+    let mask = spec.pattern.mask();
     let mut found = Vec::new();
     for (branch, rule) in spec.pattern.branches().iter().enumerate() {
         for query_piece in &queries.pieces {
             for key_piece in &keys.pieces {
-                if spec.pattern.is_causal() && key_piece.start >= query_piece.end {
+                let of_queries = (query_piece.start, query_piece.end);
+                let of_keys = (key_piece.start, key_piece.end.min(class.key_end));
+                if !may_see(mask, of_queries, of_keys) {
                     continue;
                 }
-                let whole = Overlap {
-                    branch,
-                    query_piece: *query_piece,
-                    key_piece: *key_piece,
-                    low: i64::MIN,
-                    high: i64::MAX,
-                    repeat: 1,
-                    period: 0,
-                };
-                match rule.segment_length {
-                    None => found.push(whole),
-                    Some(length) => segments(length as i64, whole, &mut found),
+                for &document in class.documents_of(of_queries, of_keys) {
+                    let whole = Overlap {
+                        branch,
+                        query_piece: *query_piece,
+                        key_piece: *key_piece,
+                        queries: common(of_queries, document),
+                        keys: common(of_keys, document),
+                        low: i64::MIN,
+                        high: i64::MAX,
+                        repeat: 1,
+                        period: 0,
+                    };
+                    if !may_see(mask, whole.queries, whole.keys) {
+                        continue;
+                    }
+                    match rule.segment_length {
+                        None => found.push(whole),
+                        Some(length) => segments(length as i64, whole, &mut found),
+                    }
                 }
             }
         }
@@ -146,21 +238,34 @@ pub(crate) fn overlaps(spec: &AttentionSpec, queries: &Shard, keys: &Shard) -> V
     found
 }
 
-/// The segments of `length` positions that lie in both pieces of `whole`; runs of whole segments folded into one.
+/// The positions in both ranges.
+fn common(a: (i64, i64), b: (i64, i64)) -> (i64, i64) {
+    (a.0.max(b.0), a.1.min(b.1))
+}
+
+/// Whether a query of one range may see a key of the other.
+fn may_see(mask: Mask, queries: (i64, i64), keys: (i64, i64)) -> bool {
+    let within = |distance: i64, bound: Option<u64>| {
+        bound.is_none_or(|bound| distance < 0 || distance.unsigned_abs() <= bound)
+    };
+    queries.0 < queries.1
+        && keys.0 < keys.1
+        && within(keys.0 - (queries.1 - 1), mask.right)
+        && within(queries.0 - (keys.1 - 1), mask.left)
+}
+
+/// The segments of `length` positions that have queries and keys of `whole`; runs of whole segments folded into one.
 fn segments(length: i64, whole: Overlap, found: &mut Vec<Overlap>) {
-    let (query, key) = (whole.query_piece, whole.key_piece);
-    let (both_low, both_high) = (query.start.max(key.start), query.end.min(key.end));
+    let (query, key) = (whole.queries, whole.keys);
+    let (both_low, both_high) = common(query, key);
     // Pieces this far apart share no segment: most pairs of ranks end here, before any division.
     if both_low - both_high >= length {
         return;
     }
-    let first = query
-        .start
+    let first = query.0.div_euclid(length).max(key.0.div_euclid(length));
+    let last = (query.1 - 1)
         .div_euclid(length)
-        .max(key.start.div_euclid(length));
-    let last = (query.end - 1)
-        .div_euclid(length)
-        .min((key.end - 1).div_euclid(length));
+        .min((key.1 - 1).div_euclid(length));
     if first > last {
         return;
     }
@@ -205,15 +310,15 @@ pub(crate) fn segment_pairs(
                 overlap.low + offset
             };
             let low = if whole_sequence { i64::MIN } else { phase };
-            let select = |piece: &Piece| {
-                let (low, high) = (low.max(piece.start), overlap.high.min(piece.end));
+            let select = |positions: (i64, i64)| {
+                let (low, high) = (low.max(positions.0), overlap.high.min(positions.1));
                 let first = low + (phase - low).rem_euclid(rate);
                 Progression::new(first, high.max(first), rate)
             };
             let (queries, keys) = prune(
-                spec.pattern.is_causal(),
-                select(&overlap.query_piece),
-                select(&overlap.key_piece),
+                spec.pattern.mask(),
+                select(overlap.queries),
+                select(overlap.keys),
             )?;
             Some(SegmentPairs {
                 branch: overlap.branch,
@@ -228,18 +333,30 @@ pub(crate) fn segment_pairs(
         .collect()
 }
 
-/// Drops what causality hides; `None` if nothing is left.
+/// Drops queries that see no key and keys that no query sees; `None` if nothing is left.
+///
+/// Both sets are selected by one rule, so a query between two keys stands at a key, and sees it: what is dropped lies at the
+/// ends.
 fn prune(
-    causal: bool,
+    mask: Mask,
     queries: Progression,
     keys: Progression,
 ) -> Option<(Progression, Progression)> {
-    let (first_key, last_query) = (keys.first()?, queries.last()?);
-    if !causal {
-        return Some((queries, keys));
-    }
-    let queries = queries.clip(first_key, i64::MAX);
-    let keys = keys.clip(i64::MIN / 2, last_query + 1);
+    let (first_query, last_query) = (queries.first()?, queries.last()?);
+    let (first_key, last_key) = (keys.first()?, keys.last()?);
+    let before = |position: i64, bound: Option<u64>| match bound {
+        Some(bound) => position.saturating_sub_unsigned(bound),
+        None => i64::MIN / 2,
+    };
+    let after = |position: i64, bound: Option<u64>| match bound {
+        Some(bound) => position.saturating_add_unsigned(bound.saturating_add(1)),
+        None => i64::MAX,
+    };
+    let queries = queries.clip(before(first_key, mask.right), after(last_key, mask.left));
+    let keys = keys.clip(
+        before(first_query, mask.left),
+        after(last_query, mask.right),
+    );
     queries.first()?;
     keys.first()?;
     Some((queries, keys))

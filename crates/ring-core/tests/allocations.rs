@@ -13,7 +13,9 @@ use ring_comm::{
     Communicator, Loopback, LoopbackEndpoint,
     buffer::{Buffer, DType, HostBuffer, HostView},
 };
-use ring_core::{AttentionSpec, Inputs, Pattern, Plan, Saved, Shape, Sharding, backward, forward};
+use ring_core::{
+    AttentionSpec, DropoutSeed, Inputs, Pattern, Plan, Saved, Shape, Sharding, backward, forward,
+};
 use ring_kernels::{
     BackwardInputs, ForwardState, HeadBlocks, KernelError, Kernels, KeyValue, KeyValueGradient,
     PackedRows, Problem, RowLayout, Tensor,
@@ -232,6 +234,7 @@ impl Tensors {
             query: self.tensor(),
             key: self.tensor(),
             value: self.tensor(),
+            dropout: DropoutSeed::default(),
         }
     }
 }

@@ -17,8 +17,8 @@ use ring_comm::{
     buffer::{DType, HostBuffer, HostView},
 };
 use ring_core::{
-    AttentionSpec, CommunicationEstimate, Error, Inputs, Pattern, Plan, Saved, Shape, Sharding,
-    backward, forward,
+    AttentionSpec, CommunicationEstimate, Documents, DropoutSeed, Error, Inputs, Pattern, Plan,
+    Saved, Shape, Sharding, backward, forward,
     oracle::{OracleInput, OracleOutput, attention},
 };
 use ring_kernels::{
@@ -27,6 +27,10 @@ use ring_kernels::{
 };
 
 const DEADLINE: Duration = Duration::from_secs(60);
+const SEED: DropoutSeed = DropoutSeed {
+    seed: 0x1234_5678_9abc_def0,
+    first_entry: 3,
+};
 
 /// Numbers in (-1, 1) from a seed.
 fn numbers(len: usize, seed: u64) -> Vec<f32> {
@@ -85,6 +89,7 @@ impl Whole {
                 value: &wide(&self.value),
                 grad_output: Some(&wide(&self.grad_output)),
                 grad_log_sum_exp: Some(&wide(&self.grad_log_sum_exp)),
+                dropout: SEED,
             },
         )
     }
@@ -224,6 +229,7 @@ fn run_rank_on(
             data: view(&value),
             layout: &key_layout,
         },
+        dropout: SEED,
     };
     let before = communicator.traffic().bytes_received;
     let result = forward(kernels, communicator, &plan, inputs)?;
@@ -428,6 +434,82 @@ fn the_number_of_ranks_and_the_sharding_change_only_the_rounding() {
     }
 }
 
+/// Everything at once, on every number of ranks.
+#[test]
+fn masks_scores_and_dropout_do_not_depend_on_ranks_and_sharding() {
+    let pattern = Pattern::dilated(&[24, 48, 200], &[1, 3, 5])
+        .unwrap()
+        .causal()
+        .with_window(Some(70), None);
+    let base = spec(pattern, 150, Sharding::Contiguous, 1)
+        .with_documents(Documents::per_entry(vec![
+            vec![40, 1, 109],
+            vec![7, 90, 53],
+        ]))
+        .and_then(|spec| spec.with_key_lengths(vec![150, 141]))
+        .and_then(|spec| spec.with_softcap(3.0))
+        .and_then(|spec| spec.with_alibi_slopes(vec![0.1, 0.02, 0.5, 0.0]))
+        .and_then(|spec| spec.with_dropout(0.3))
+        .unwrap();
+    let whole = Whole::random(&base);
+    let expected = whole.oracle(&base);
+    for ranks in 1..=8 {
+        for sharding in [
+            Sharding::Contiguous,
+            Sharding::Zigzag,
+            Sharding::Striped {
+                chunk_size: Some(7),
+            },
+        ] {
+            let spec = base.clone().sharded(sharding, ranks).unwrap();
+            assert_close(&spec, &run(&spec, &whole, 1), &expected, 2e-5);
+        }
+    }
+}
+
+/// Weights of a pair are read off by values that are one-hot: which are 0 is the mask.
+#[test]
+fn ranks_drop_the_same_weights_to_the_bit() {
+    let length = 48;
+    let shape = Shape {
+        batch: 2,
+        query_heads: 2,
+        kv_heads: 2,
+        head_dim: length,
+    };
+    let pattern = Pattern::dilated(&[16, 48], &[1, 2]).unwrap();
+    let base = AttentionSpec::new(pattern, shape, length)
+        .and_then(|spec| spec.with_dropout(0.4))
+        .unwrap();
+    let mut whole = Whole::random(&base);
+    let keys = whole.value.chunks_exact_mut(length).enumerate();
+    for (row, value) in keys {
+        value.fill(0.0);
+        value[row % length] = 1.0;
+    }
+    let mask = |ranks, sharding| {
+        let spec = base.clone().sharded(sharding, ranks).unwrap();
+        let output = run(&spec, &whole, 2).output;
+        output
+            .iter()
+            .map(|&weight| weight != 0.0)
+            .collect::<Vec<_>>()
+    };
+    let expected: Vec<bool> = whole
+        .oracle(&base)
+        .output
+        .iter()
+        .map(|&x| x != 0.0)
+        .collect();
+    for (ranks, sharding) in [
+        (1, Sharding::Contiguous),
+        (4, Sharding::Zigzag),
+        (3, Sharding::Contiguous),
+    ] {
+        assert_eq!(mask(ranks, sharding), expected, "{ranks} ranks");
+    }
+}
+
 #[test]
 fn large_logits_stay_finite() {
     let spec = spec(Pattern::full().causal(), 64, Sharding::Zigzag, 3);
@@ -554,6 +636,19 @@ fn every_field_of_the_computation_is_compared() {
         }),
         shaped(heads(2, 2)),
         shaped(heads(4, 4)),
+        AttentionSpec {
+            pattern: Pattern::full().with_window(Some(3), None),
+            ..good.clone()
+        },
+        good.clone()
+            .with_documents(Documents::new(vec![10, 20]))
+            .unwrap(),
+        good.clone().with_key_lengths(vec![30, 29]).unwrap(),
+        good.clone().with_softcap(30.0).unwrap(),
+        good.clone()
+            .with_alibi_slopes(vec![0.5, 0.25, 0.1, 0.0])
+            .unwrap(),
+        good.clone().with_dropout(0.1).unwrap(),
     ];
     for other in others {
         assert_ne!(other, good);
@@ -592,7 +687,12 @@ fn tensors_of_another_type_than_planned_are_refused_and_the_peers_told() {
             data: view(buffer),
             layout,
         });
-        let inputs = Inputs { query, key, value };
+        let inputs = Inputs {
+            query,
+            key,
+            value,
+            dropout: SEED,
+        };
         forward(&CpuKernels::new(1).unwrap(), &communicator, &plan, inputs).unwrap_err()
     });
     let [first, second] = results.try_into().unwrap();
@@ -629,7 +729,12 @@ fn backwards_in_another_order_on_one_rank_are_an_error_not_a_mixture() {
             data: HostView::F32(values),
             layout,
         });
-        let inputs = Inputs { query, key, value };
+        let inputs = Inputs {
+            query,
+            key,
+            value,
+            dropout: SEED,
+        };
         let attend = || forward(&kernels, &communicator, &plan, inputs).unwrap();
         let (first, second) = (attend(), attend());
         let of = |result: &ring_core::Output<HostBuffer>| {
@@ -669,6 +774,7 @@ fn a_plan_of_another_rank_is_refused() {
             query: tensor,
             key: tensor,
             value: tensor,
+            dropout: SEED,
         };
         forward(&CpuKernels::new(1).unwrap(), &communicator, &plan, inputs).err()
     });

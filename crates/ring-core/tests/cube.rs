@@ -10,7 +10,9 @@ use ring_comm::{
     Communicator, Loopback,
     buffer::{Buffer, DType, HostBuffer},
 };
-use ring_core::{AttentionSpec, Inputs, Pattern, Plan, Saved, Shape, Sharding, backward, forward};
+use ring_core::{
+    AttentionSpec, DropoutSeed, Inputs, Pattern, Plan, Saved, Shape, Sharding, backward, forward,
+};
 use ring_kernels::{
     CpuKernels, CubeBuffer, CubeDevice, CubeKernels, Kernels, RowLayout, Tensor,
     cubecl::client::Client,
@@ -78,6 +80,7 @@ fn run<B: Buffer>(
         query: tensor(&query, &of_queries),
         key: tensor(&key, &of_keys),
         value: tensor(&value, &of_keys),
+        dropout: DropoutSeed::default(),
     };
     let mut results = Vec::new();
     for _ in 0..2 {

@@ -15,7 +15,9 @@ use ring_comm::{
     collective::barrier,
     trace::TRACE_VARIABLE,
 };
-use ring_core::{AttentionSpec, Inputs, Pattern, Plan, Saved, Shape, Sharding, backward, forward};
+use ring_core::{
+    AttentionSpec, DropoutSeed, Inputs, Pattern, Plan, Saved, Shape, Sharding, backward, forward,
+};
 use ring_kernels::{CpuKernels, RowLayout, Tensor};
 use serde_json::Value;
 
@@ -70,6 +72,7 @@ fn attend(communicator: &Communicator<HostBuffer>, fails: bool) {
         query: tensor(),
         key: tensor(),
         value: tensor(),
+        dropout: DropoutSeed::default(),
     };
     let result = forward(&kernels, communicator, &plan, inputs()).unwrap();
     // Or a rank that fails at once would end the forward of the others.

@@ -10,7 +10,10 @@ use std::{
 
 use clap::Parser;
 use half::{bf16, f16};
-use ring_core::oracle::{OracleInput, attention};
+use ring_core::{
+    DropoutSeed,
+    oracle::{OracleInput, attention},
+};
 use ring_examples::{
     attend::{self, Input, Options, Outcome},
     placement::Placement,
@@ -82,6 +85,7 @@ impl Case {
                 value: &wide("v"),
                 grad_output: Some(&wide("grad_out")),
                 grad_log_sum_exp: None,
+                dropout: DropoutSeed::default(),
             },
         );
         let values = [

@@ -181,6 +181,7 @@ impl Case {
                 value: &value,
                 grad_output: Some(&grad_output),
                 grad_log_sum_exp: None,
+                dropout: DropoutSeed::default(),
             },
         );
         let results = Loopback::run::<HostBuffer, _>(self.ranks, DEADLINE, |endpoint| {
