@@ -147,7 +147,9 @@ mod tests {
         assert_eq!("-1,4".parse(), window(None, Some(4)));
         assert_eq!("2K,-1".parse(), window(Some(2048), None));
         assert_eq!("-1,-1".parse::<Window>().unwrap().bounds(), (-1, -1));
-        for text in ["", "4", "4,", ",4", "-2,4", "4,-2", "1,2,3", "a,b", "1e18,0"] {
+        for text in [
+            "", "4", "4,", ",4", "-2,4", "4,-2", "1,2,3", "a,b", "1e18,0",
+        ] {
             assert!(text.parse::<Window>().is_err(), "{text}");
         }
     }

@@ -265,4 +265,3 @@ macro_rules! attention_module {
 
 attention_module!(RingAttention);
 attention_module!(DilatedAttention);
-

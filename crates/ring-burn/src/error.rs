@@ -49,7 +49,9 @@ pub enum RingError {
     #[error("query, key and value must all be on an autodiff device, or all on a plain one")]
     MixedAutodiff,
     /// A window with bounds that make no sense.
-    #[error("the window is {left},{right}; its bounds are numbers of positions, or -1 for no bound")]
+    #[error(
+        "the window is {left},{right}; its bounds are numbers of positions, or -1 for no bound"
+    )]
     Window {
         /// How far before the query its first key stands.
         left: i64,

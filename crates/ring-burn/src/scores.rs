@@ -168,7 +168,11 @@ mod tests {
         assert_eq!(alibi_slopes(1), [1.0 / 256.0]);
         assert_eq!(alibi_slopes(0), [0.0; 0]);
         // get_slopes(12): those of 8 heads, then 4 of every second of 16.
-        let expected = [eighths, [0.5, 1.5, 2.5, 3.5].map(|x| f64::exp2(-x)).to_vec()].concat();
+        let expected = [
+            eighths,
+            [0.5, 1.5, 2.5, 3.5].map(|x| f64::exp2(-x)).to_vec(),
+        ]
+        .concat();
         assert_eq!(alibi_slopes(12), expected);
     }
 
@@ -176,10 +180,15 @@ mod tests {
     fn mix_is_splitmix64() {
         // The first numbers that the reference implementation draws from seed 1234567.
         let step = 0x9E37_79B9_7F4A_7C15_u64;
-        let drawn = [0, 1, 2].map(|index: u64| mix(1_234_567_u64.wrapping_add(index.wrapping_mul(step))));
+        let drawn =
+            [0, 1, 2].map(|index: u64| mix(1_234_567_u64.wrapping_add(index.wrapping_mul(step))));
         assert_eq!(
             drawn,
-            [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423]
+            [
+                6_457_827_717_110_365_317,
+                3_203_168_211_198_807_973,
+                9_817_491_932_198_370_423
+            ]
         );
     }
 

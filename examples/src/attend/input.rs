@@ -371,7 +371,12 @@ fn names(metadata: &Metadata) -> Vec<String> {
 
 /// The four sizes of a tensor.
 fn checked_shape(path: &Path, name: &str, info: &TensorInfo) -> Result<[usize; 4], Failure> {
-    checked_sizes(path, name, info, "four sizes [batch, heads, length, head size]")
+    checked_sizes(
+        path,
+        name,
+        info,
+        "four sizes [batch, heads, length, head size]",
+    )
 }
 
 /// The sizes of an f32 tensor that should have so many of them.

@@ -3,6 +3,7 @@
 use ring_core::{AttentionSpec, MemoryEstimate, Span};
 
 use super::{
+    comparison::Comparison,
     survey::{RankSurvey, Survey},
     units::{bytes, count, thousands, tokens},
 };
@@ -17,6 +18,9 @@ pub(super) fn render(spec: &AttentionSpec, survey: &Survey, all: bool) -> String
     let mut sections = vec![header(spec, survey), who_and_what(survey, all)];
     if survey.ranks > 1 {
         sections.push(what_travels(survey));
+    }
+    if let Some(comparison) = &survey.comparison {
+        sections.push(shardings(comparison));
     }
     sections.push(memory(survey));
     if let Some(plan) = &survey.plan {
@@ -210,6 +214,21 @@ fn what_travels(survey: &Survey) -> String {
         aligned(&rows),
         bytes(survey.plain_ring_received)
     )
+}
+
+/// What every sharding costs.
+fn shardings(comparison: &Comparison) -> String {
+    let title = ["sharding", "slowest rank", "slowest / mean", "received fwd"];
+    let mut rows = vec![title.map(str::to_string).to_vec()];
+    rows.extend(comparison.shardings.iter().map(|cost| {
+        vec![
+            format!("  {}", cost.sharding),
+            format!("{} pairs", count(cost.slowest_pairs)),
+            format!("{:.3}", cost.imbalance),
+            bytes(cost.forward_received),
+        ]
+    }));
+    format!("{}\n  best: {}", aligned(&rows), comparison.best)
 }
 
 /// Memory of the rank that needs most.

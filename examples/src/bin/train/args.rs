@@ -102,7 +102,12 @@ pub(crate) struct Args {
     pub(crate) dropout: f64,
 
     /// Dropout of attention weights, in [0, 1)
-    #[arg(long, default_value_t = 0.0, value_name = "P", allow_negative_numbers = true)]
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "P",
+        allow_negative_numbers = true
+    )]
     pub(crate) attention_dropout: f64,
 
     /// Add MAGNETO's sub-layer norms
