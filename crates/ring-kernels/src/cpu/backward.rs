@@ -18,7 +18,8 @@ use super::gradients::{Gradients, Task};
 use super::instruction_set::Work;
 use super::panels::{read_rows, row_panels, transposed_panels};
 use super::product::{DepthMajor, Old, Out, Panels, RowMajor, Size, multiply};
-use super::rows::{blocks_of, most_visible, pieces, tiles, within};
+use super::rows::{blocks_of, flipped, pieces, reach, tiles, tiles_in, within};
+use super::scores::Weighting;
 use super::scratch::{Cut, HostTensor, KEY_TILE, QUERY_TILE, Strides, band, padded};
 use super::softmax::{Factors, GradientRows, GradientTile, Sight, softmax_gradient};
 use crate::{
@@ -71,7 +72,7 @@ pub(super) fn backward(
 /// Words of the matrices of one thread, for every format.
 pub(super) const fn scratch_words(head_dim: usize) -> usize {
     let (band, dim) = (band(head_dim), padded(head_dim));
-    5 * band * dim + 2 * band + 6 * KEY_TILE * dim + 3 * KEY_TILE * QUERY_TILE
+    5 * band * dim + 2 * band + 6 * KEY_TILE * dim + 4 * KEY_TILE * QUERY_TILE
 }
 
 /// The matrices of one thread.
@@ -108,6 +109,8 @@ struct Scratch<'a> {
     grad_scores: &'a mut [f32],
     /// `scale dS^T`, in words of neighbouring keys.
     grad_scores_by_keys: &'a mut [f32],
+    /// With dropout, which weights are kept: keys x queries.
+    kept: &'a mut [f32],
 }
 
 impl<'a> Scratch<'a> {
@@ -130,6 +133,7 @@ impl<'a> Scratch<'a> {
             scores: cut.next(KEY_TILE * QUERY_TILE),
             grad_scores: cut.next(KEY_TILE * QUERY_TILE),
             grad_scores_by_keys: cut.next(KEY_TILE * QUERY_TILE),
+            kept: cut.next(KEY_TILE * QUERY_TILE),
         }
     }
 }
@@ -202,9 +206,13 @@ impl Work for TaskWork<'_, '_, '_> {
         for block in blocks_of(pass.blocks, task.batch, task.kv_head) {
             let keys = within(&block.keys, &task.key_rows);
             let queries = within(&block.queries, &task.query_rows);
+            // Bands of queries that see none of the keys are passed over at once.
+            let seeing = reach(flipped(problem.mask), &keys, &queries);
             for member in task.members.clone() {
-                for queries in tiles(queries, band(problem.head_dim)) {
-                    bands.band(&mut task, member, &queries, &keys);
+                let head = (task.batch, task.kv_head * problem.group_size() + member);
+                let weighting = Weighting::new(problem, head, block.branch);
+                for queries in tiles_in(queries, band(problem.head_dim), seeing.clone()) {
+                    bands.band(&mut task, member, &weighting, &queries, &keys);
                 }
             }
         }
@@ -223,19 +231,22 @@ struct Bands<'a, S, F> {
 impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
     /// Queries of a band with all `keys` they see; `member` counts the query heads of the group.
     #[inline(always)]
-    fn band(&mut self, task: &mut Task<'_>, member: usize, queries: &Rows, keys: &Rows) {
-        let mask = self.pass.problem.mask;
-        if most_visible(mask, queries, keys) == 0 {
+    fn band(
+        &mut self,
+        task: &mut Task<'_>,
+        member: usize,
+        weighting: &Weighting,
+        queries: &Rows,
+        keys: &Rows,
+    ) {
+        let reach = reach(self.pass.problem.mask, queries, keys);
+        if reach.is_empty() {
             return;
         }
         let query_head = task.kv_head * self.pass.problem.group_size() + member;
         self.load(task, (task.batch, query_head), queries);
-        for keys in tiles(*keys, KEY_TILE) {
-            // Later key tiles are further in the future still.
-            if most_visible(mask, queries, &keys) == 0 {
-                break;
-            }
-            self.key_tile(task, queries, &keys);
+        for keys in tiles_in(*keys, KEY_TILE, reach) {
+            self.key_tile(task, weighting, queries, &keys);
         }
         if let Some(gradient) = &mut task.grad_query {
             let sums = self.scratch.grad_query.chunks_exact(self.strides.numbers);
@@ -325,14 +336,20 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
 
     /// One tile of keys against the queries of the band.
     #[inline(always)]
-    fn key_tile(&mut self, task: &mut Task<'_>, queries: &Rows, keys: &Rows) {
+    fn key_tile(
+        &mut self,
+        task: &mut Task<'_>,
+        weighting: &Weighting,
+        queries: &Rows,
+        keys: &Rows,
+    ) {
         self.pack_keys((task.batch, task.kv_head), keys, task.grad_query.is_some());
         let scratch = &mut self.scratch;
         scratch.grad_key.fill(0.0);
         scratch.grad_value.fill(0.0);
         for (tile, queries) in tiles(*queries, QUERY_TILE).enumerate() {
-            if let Some(sight) = Sight::new(self.pass.problem.mask, &queries, keys) {
-                self.weights(tile, &sight);
+            if let Some(sight) = Sight::new(self.pass.problem.mask, F::DEPTH, &queries, keys) {
+                self.weights(tile, &sight, weighting);
                 if task.grad_key_value.is_some() {
                     self.key_gradients(tile, &sight);
                 }
@@ -375,7 +392,7 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
 
     /// `S = K Q^T`, `P = exp(scale S - L)`, `dP = V dO^T`, `dS = P (dP - Delta)`, for the keys that are seen.
     #[inline(always)]
-    fn weights(&mut self, tile: usize, sight: &Sight<'_>) {
+    fn weights(&mut self, tile: usize, sight: &Sight<'_>, weighting: &Weighting) {
         let Self {
             simd,
             format,
@@ -384,10 +401,11 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
             ref mut scratch,
         } = *self;
         let first = tile * QUERY_TILE;
+        let start = sight.seen.start;
         let size = Size {
-            rows: sight.seen,
+            rows: sight.seen.len(),
             depth: strides.depth,
-            columns: sight.queries(),
+            columns: sight.queries.count,
         };
         let products = [
             (
@@ -403,7 +421,7 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
         ];
         for (words, panels, numbers) in products {
             let left = RowMajor {
-                words,
+                words: &words[start * strides.words..],
                 stride: strides.words,
             };
             let right = Panels {
@@ -411,26 +429,35 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
                 room: strides.depth,
             };
             let out = Out {
-                numbers,
+                numbers: &mut numbers[start * QUERY_TILE..],
                 stride: QUERY_TILE,
             };
             multiply(simd, format, size, left, right, out, Old::Replaced);
+        }
+        let scale = pass.problem.scale;
+        let mut factors = Factors {
+            score: scale * LOG2_E,
+            gradient: scale * pass.output_scale,
+        };
+        let mut rows = GradientRows {
+            log_sum_exp: &scratch.log_sum_exp[first..first + QUERY_TILE],
+            delta: &scratch.delta[first..first + QUERY_TILE],
+        };
+        let kept = weighting.keep.map(|keep| {
+            keep.fill(simd, sight, scratch.kept);
+            &*scratch.kept
+        });
+        if weighting.changes_gradients() {
+            let tile = (&mut *scratch.scores, &mut *scratch.grad_scores);
+            weighting.gradients(simd, tile, sight, factors, rows.delta, kept);
+            (factors, rows.delta) = (Factors::NONE, &[0.0; QUERY_TILE]);
         }
         let tile = GradientTile {
             scores: scratch.scores,
             gradients: scratch.grad_scores,
             by_keys: scratch.grad_scores_by_keys,
         };
-        let scale = pass.problem.scale;
-        let factors = Factors {
-            score: scale * LOG2_E,
-            gradient: scale * pass.output_scale,
-        };
-        let rows = GradientRows {
-            log_sum_exp: &scratch.log_sum_exp[first..first + QUERY_TILE],
-            delta: &scratch.delta[first..first + QUERY_TILE],
-        };
-        softmax_gradient(simd, format, tile, sight, factors, &rows);
+        softmax_gradient(simd, format, tile, sight, factors, kept, &rows);
     }
 
     /// `dV += P^T dO`, `dK += dS^T Q`
@@ -443,9 +470,10 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
             ref mut scratch,
             ..
         } = *self;
+        let start = sight.seen.start;
         let size = Size {
-            rows: sight.seen,
-            depth: sight.queries().div_ceil(F::DEPTH),
+            rows: sight.seen.len(),
+            depth: sight.queries.count.div_ceil(F::DEPTH),
             columns: self.pass.problem.head_dim,
         };
         let products = [
@@ -462,7 +490,7 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
         ];
         for (words, panels, numbers) in products {
             let left = RowMajor {
-                words,
+                words: &words[start * QUERY_TILE..],
                 stride: QUERY_TILE,
             };
             let right = Panels {
@@ -470,7 +498,7 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
                 room: QUERY_TILE / F::DEPTH,
             };
             let out = Out {
-                numbers,
+                numbers: &mut numbers[start * strides.numbers..],
                 stride: strides.numbers,
             };
             multiply(simd, format, size, left, right, out, Old::Kept);
@@ -487,22 +515,25 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
             ref mut scratch,
             ..
         } = *self;
+        let first_word = sight.seen.start / F::DEPTH;
         let size = Size {
-            rows: sight.queries(),
-            depth: sight.seen.div_ceil(F::DEPTH),
+            rows: sight.queries.count,
+            depth: sight.seen.end.div_ceil(F::DEPTH) - first_word,
             columns: self.pass.problem.head_dim,
         };
+        let words = match F::DEPTH {
+            1 => &*scratch.grad_scores,
+            _ => &*scratch.grad_scores_by_keys,
+        };
         let left = DepthMajor {
-            words: match F::DEPTH {
-                1 => scratch.grad_scores,
-                _ => scratch.grad_scores_by_keys,
-            },
+            words: &words[first_word * QUERY_TILE..],
             stride: QUERY_TILE,
         };
         let right = Panels {
             words: scratch.key,
             room: KEY_TILE / F::DEPTH,
         };
+        let right = right.skip_rows::<S>(first_word);
         let out = Out {
             numbers: &mut scratch.grad_query[tile * QUERY_TILE * strides.numbers..],
             stride: strides.numbers,

@@ -15,8 +15,9 @@ use super::format::{Format, Vectors, copy};
 use super::instruction_set::Work;
 use super::panels::{read_rows, row_panels, transposed_panels};
 use super::product::{DepthMajor, Old, Out, Panels, RowMajor, Size, multiply};
-use super::rows::{blocks_of, most_visible, pieces, range_len, tiles, within};
+use super::rows::{blocks_of, pieces, range_len, reach, tiles, tiles_in, within};
 use super::rows_mut::RowsMut;
+use super::scores::Weighting;
 use super::scratch::{Cut, HostTensor, KEY_TILE, QUERY_TILE, Strides, band, padded};
 use super::softmax::{RowState, Sight, online_softmax};
 use crate::{ForwardState, HeadBlocks, KernelError, KeyValue, Problem, Rows};
@@ -137,7 +138,7 @@ pub(super) const fn scratch_words(head_dim: usize) -> usize {
     2 * band * dim
         + 2 * KEY_TILE * dim
         + KEY_TILE * dim
-        + KEY_TILE * QUERY_TILE
+        + 2 * KEY_TILE * QUERY_TILE
         + 2 * band
         + QUERY_TILE
 }
@@ -160,6 +161,8 @@ struct Scratch<'a> {
     staged: &'a mut [f32],
     /// `K Q^T`, then `P^T`: keys x queries.
     scores: &'a mut [f32],
+    /// With dropout, which weights are kept: keys x queries.
+    kept: &'a mut [f32],
     /// What the output so far is multiplied by.
     correction: &'a mut [f32],
 }
@@ -176,6 +179,7 @@ impl<'a> Scratch<'a> {
             value: cut.next(KEY_TILE * dim),
             staged: cut.next(KEY_TILE * dim),
             scores: cut.next(KEY_TILE * QUERY_TILE),
+            kept: cut.next(KEY_TILE * QUERY_TILE),
             correction: cut.next(QUERY_TILE),
         }
     }
@@ -214,9 +218,11 @@ impl Work for TaskWork<'_, '_, '_> {
             scratch: Scratch::new(scratch, problem.head_dim),
         };
         let kv_head = task.query_head / problem.group_size();
+        let head = (task.batch, task.query_head);
         for block in blocks_of(pass.blocks, task.batch, kv_head) {
+            let weighting = Weighting::new(problem, head, block.branch);
             for queries in tiles(within(&block.queries, &task.rows), band(problem.head_dim)) {
-                bands.band(&mut task, &queries, &block.keys);
+                bands.band(&mut task, &weighting, &queries, &block.keys);
             }
         }
     }
@@ -234,22 +240,19 @@ struct Bands<'a, S, F> {
 impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
     /// Queries of a band with all `keys` they see.
     #[inline(always)]
-    fn band(&mut self, task: &mut Task<'_>, queries: &Rows, keys: &Rows) {
+    fn band(&mut self, task: &mut Task<'_>, weighting: &Weighting, queries: &Rows, keys: &Rows) {
         let mask = self.pass.problem.mask;
-        if most_visible(mask, queries, keys) == 0 {
+        let reach = reach(mask, queries, keys);
+        if reach.is_empty() {
             return;
         }
         let kv_head = task.query_head / self.pass.problem.group_size();
         self.load(task, queries);
-        for keys in tiles(*keys, KEY_TILE) {
-            // Later key tiles are further in the future still.
-            if most_visible(mask, queries, &keys) == 0 {
-                break;
-            }
+        for keys in tiles_in(*keys, KEY_TILE, reach) {
             self.pack_keys((task.batch, kv_head), &keys);
             for (tile, queries) in tiles(*queries, QUERY_TILE).enumerate() {
-                if let Some(sight) = Sight::new(mask, &queries, &keys) {
-                    self.tile(tile, &sight);
+                if let Some(sight) = Sight::new(mask, F::DEPTH, &queries, &keys) {
+                    self.tile(tile, &sight, weighting);
                 }
             }
         }
@@ -337,7 +340,7 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
 
     /// `S = K Q^T`, `P = exp(scale S - m)`, `O = exp(m_old - m) O + P V` for one tile.
     #[inline(always)]
-    fn tile(&mut self, tile: usize, sight: &Sight<'_>) {
+    fn tile(&mut self, tile: usize, sight: &Sight<'_>, weighting: &Weighting) {
         let Self {
             simd,
             format,
@@ -345,14 +348,15 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
             ref mut scratch,
             ..
         } = *self;
-        let (first, queries) = (tile * QUERY_TILE, sight.queries());
+        let (first, queries) = (tile * QUERY_TILE, sight.queries.count);
+        let seen = &sight.seen;
         let size = Size {
-            rows: sight.seen,
+            rows: seen.len(),
             depth: strides.depth,
             columns: queries,
         };
         let key = RowMajor {
-            words: scratch.key,
+            words: &scratch.key[seen.start * strides.words..],
             stride: strides.words,
         };
         let query = Panels {
@@ -360,7 +364,7 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
             room: strides.depth,
         };
         let scores = Out {
-            numbers: scratch.scores,
+            numbers: &mut scratch.scores[seen.start * QUERY_TILE..],
             stride: QUERY_TILE,
         };
         multiply(simd, format, size, key, query, scores, Old::Replaced);
@@ -370,27 +374,45 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
             0.0 => f32::MIN_POSITIVE,
             scale => scale.abs(),
         };
+        let mut factor = scale * LOG2_E;
+        if weighting.changes_scores() {
+            weighting.scores(simd, scratch.scores, sight, factor);
+            factor = 1.0;
+        }
+        let kept = weighting.keep.map(|keep| {
+            keep.fill(simd, sight, scratch.kept);
+            &*scratch.kept
+        });
         let mut state = RowState {
             max: &mut scratch.max[first..first + QUERY_TILE],
             denominator: &mut scratch.denominator[first..first + QUERY_TILE],
             correction: scratch.correction,
         };
-        let factor = scale * LOG2_E;
-        online_softmax(simd, format, scratch.scores, sight, factor, &mut state);
+        online_softmax(
+            simd,
+            format,
+            scratch.scores,
+            sight,
+            factor,
+            kept,
+            &mut state,
+        );
 
+        let first_word = seen.start / F::DEPTH;
         let size = Size {
             rows: queries,
-            depth: sight.seen.div_ceil(F::DEPTH),
+            depth: seen.end.div_ceil(F::DEPTH) - first_word,
             columns: self.pass.problem.head_dim,
         };
         let weights = DepthMajor {
-            words: scratch.scores,
+            words: &scratch.scores[first_word * QUERY_TILE..],
             stride: QUERY_TILE,
         };
         let value = Panels {
             words: scratch.value,
             room: KEY_TILE / F::DEPTH,
         };
+        let value = value.skip_rows::<S>(first_word);
         let output = Out {
             numbers: &mut scratch.output[first * strides.numbers..],
             stride: strides.numbers,

@@ -4,9 +4,11 @@
 use std::ptr;
 
 use half::bf16;
-use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
+use ring_comm::buffer::{HostBuffer, HostView};
 
+use super::tests::attention_of;
 use super::{CpuKernels, InstructionSet};
+use crate::judge::{on_all_heads, rows};
 use crate::*;
 
 /// Which end of the elements touches a page that may not be touched.
@@ -73,75 +75,15 @@ fn numbers(len: usize, seed: usize) -> Vec<f32> {
         .collect()
 }
 
-/// Output, log-sum-exp and the three gradients.
+/// The attention of all rows to all rows.
 fn attention(
     kernels: &CpuKernels,
     problem: &Problem,
-    [query, key, value, grad_output]: [HostView<'_>; 4],
+    inputs: [HostView<'_>; 4],
 ) -> [HostBuffer; 5] {
-    let rows = |count| Rows {
-        first_row: 0,
-        row_step: 1,
-        count,
-        first_position: 0,
-        position_step: 1,
-    };
-    let blocks = [HeadBlocks {
-        kv_heads: vec![0],
-        blocks: vec![Block {
-            queries: rows(problem.queries),
-            keys: rows(problem.keys),
-        }],
-    }];
-    let query_layout = RowLayout::contiguous(1, problem.queries, problem.head_dim);
-    let key_layout = RowLayout::contiguous(1, problem.keys, problem.head_dim);
-    let of_queries = |data| Tensor {
-        data,
-        layout: &query_layout,
-    };
-    let of_keys = |data| Tensor {
-        data,
-        layout: &key_layout,
-    };
-    let source = KeyValue::Own {
-        key: of_keys(key),
-        value: of_keys(value),
-    };
-    let mut state = kernels.start(problem).unwrap();
-    kernels
-        .forward(problem, of_queries(query), &source, &blocks, &mut state)
-        .unwrap();
-    let dtype = query.dtype();
-    let (output, log_sum_exp) = kernels.finish(problem, state, dtype, 1.0).unwrap();
-    let gradient = of_queries(grad_output);
-    let delta = kernels
-        .delta(problem, output.view(), gradient, log_sum_exp.view(), None)
-        .unwrap();
-    let inputs = BackwardInputs {
-        query: of_queries(query),
-        grad_output: gradient,
-        log_sum_exp: log_sum_exp.view(),
-        delta: &delta,
-    };
-    let zeros = |rows| HostBuffer::zeros(DType::F32, rows * problem.head_dim);
-    let mut grad_query = zeros(problem.queries);
-    let (mut key, mut value) = (zeros(problem.keys), zeros(problem.keys));
-    let own = KeyValueGradient::Own {
-        key: &mut key,
-        value: &mut value,
-    };
-    kernels
-        .backward(
-            problem,
-            &inputs,
-            &source,
-            &blocks,
-            1.0,
-            &mut grad_query,
-            own,
-        )
-        .unwrap();
-    [output, log_sum_exp, grad_query, key, value]
+    let block = (rows(0, 1, problem.queries), rows(0, 1, problem.keys));
+    let blocks = on_all_heads(problem, &[block]);
+    attention_of(kernels, problem, &blocks, inputs)
 }
 
 #[test]
@@ -150,7 +92,11 @@ fn no_read_leaves_the_inputs() {
         let kernels = CpuKernels::with_instruction_set(1, set).unwrap();
         for head_dim in [1, 2, 7, 16, 33, 64, 80] {
             for (queries, keys) in [(1, 1), (3, 130), (63, 15), (65, 129), (100, 33)] {
-                for mask in [Mask::None, Mask::Causal] {
+                let window = Mask {
+                    left: Some(20),
+                    right: Some(3),
+                };
+                for mask in [Mask::NONE, Mask::CAUSAL, window] {
                     let problem = Problem {
                         batch: 1,
                         query_heads: 1,
@@ -160,6 +106,7 @@ fn no_read_leaves_the_inputs() {
                         keys,
                         scale: 0.3,
                         mask,
+                        scores: Scores::default(),
                     };
                     check(&kernels, &problem);
                 }

@@ -9,6 +9,7 @@ mod format;
 mod forward;
 mod gradients;
 mod instruction_set;
+mod keep;
 mod memory;
 mod normalise;
 mod pack;
@@ -16,8 +17,10 @@ mod panels;
 mod product;
 mod rows;
 mod rows_mut;
+mod scores;
 mod scratch;
 mod softmax;
+mod tanh;
 mod threads;
 
 #[cfg(all(test, unix))]

@@ -30,6 +30,17 @@ pub(super) struct Panels<'a> {
     pub(super) room: usize,
 }
 
+impl Panels<'_> {
+    /// Without the first `rows` rows.
+    #[inline(always)]
+    pub(super) fn skip_rows<S: Vectors>(self, rows: usize) -> Self {
+        Self {
+            words: &self.words[rows * panel_width::<S>()..],
+            ..self
+        }
+    }
+}
+
 /// A row-major matrix to write to: row `i` starts at `i * stride`.
 pub(super) struct Out<'a> {
     pub(super) numbers: &'a mut [f32],

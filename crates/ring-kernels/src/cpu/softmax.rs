@@ -9,8 +9,10 @@
 // `copy_from_slice` of a few vectors may become a call, which would spill them all.
 #![allow(clippy::manual_memcpy)]
 
+use std::ops::Range;
+
 use super::format::{Format, Vectors};
-use super::rows::{first_seeing, visible};
+use super::rows::{flipped, seen};
 use super::scratch::QUERY_TILE;
 use crate::{Mask, Rows};
 
@@ -40,44 +42,71 @@ macro_rules! each {
 }
 
 /// What the queries of a tile see of its keys.
-#[derive(Clone, Copy)]
 pub(super) struct Sight<'a> {
     mask: Mask,
-    queries: &'a Rows,
-    keys: &'a Rows,
-    /// Keys that the last query sees, the most of all. The others need not be computed.
-    pub(super) seen: usize,
-    /// Keys that the first query sees, and so all do.
-    seen_by_all: usize,
+    /// Queries of the tile.
+    pub(super) queries: &'a Rows,
+    /// Keys of the tile.
+    pub(super) keys: &'a Rows,
+    /// From the first key that any query sees, or the word it shares, to the last. The others need not be computed.
+    pub(super) seen: Range<usize>,
+    /// Keys that every query sees, within `seen`.
+    seen_by_all: Range<usize>,
 }
 
 impl<'a> Sight<'a> {
-    /// `None` if no query sees a key.
+    /// `None` if no query sees a key. Words hold `depth` keys.
     #[inline(always)]
-    pub(super) fn new(mask: Mask, queries: &'a Rows, keys: &'a Rows) -> Option<Self> {
+    pub(super) fn new(mask: Mask, depth: usize, queries: &'a Rows, keys: &'a Rows) -> Option<Self> {
         let last = queries.count.checked_sub(1)?;
-        let seen = visible(mask, queries.position(last), keys);
-        (seen > 0).then(|| Self {
+        let first = seen(mask, queries.position(0), keys);
+        let last = seen(mask, queries.position(last), keys);
+        if first.start >= last.end {
+            return None;
+        }
+        let range = first.start / depth * depth..last.end;
+        Some(Self {
             mask,
             queries,
             keys,
-            seen,
-            seen_by_all: visible(mask, queries.position(0), keys),
+            seen_by_all: if last.start < first.end {
+                last.start..first.end
+            } else {
+                range.end..range.end
+            },
+            seen: range,
         })
     }
 
-    /// Queries of the tile.
-    pub(super) fn queries(&self) -> usize {
-        self.queries.count
+    /// Words of a row of the tile that hold queries: whole vectors.
+    #[inline(always)]
+    pub(super) fn lanes<S: Vectors>(&self) -> usize {
+        self.queries.count.next_multiple_of(S::F32_LANES)
     }
 
-    /// The first lane that sees `key`; 0 if all do.
+    /// `values` of the queries of some vectors and of one key, with `-inf` for queries that do not see it.
     #[inline(always)]
-    fn first_lane(&self, key: usize) -> f32 {
-        if key < self.seen_by_all {
-            return 0.0;
+    fn hide<S: Vectors, const N: usize>(
+        &self,
+        simd: S,
+        key: usize,
+        lane: usize,
+        values: [S::f32s; N],
+    ) -> [S::f32s; N] {
+        let seeing = seen(flipped(self.mask), self.keys.position(key), self.queries);
+        let lowest = simd.splat_f32s(f32::NEG_INFINITY);
+        let lanes: [_; N] = load::<S, N>(&LANES, lane);
+        let first = simd.splat_f32s(seeing.start as f32);
+        let values = each!(simd, |j| {
+            simd.select_f32s(simd.less_than_f32s(lanes[j], first), lowest, values[j])
+        });
+        if self.mask.left.is_none() {
+            return values;
         }
-        first_seeing(self.mask, self.keys.position(key), self.queries) as f32
+        let end = simd.splat_f32s(seeing.end as f32);
+        each!(simd, |j| {
+            simd.select_f32s(simd.less_than_f32s(lanes[j], end), values[j], lowest)
+        })
     }
 }
 
@@ -94,7 +123,8 @@ pub(super) struct RowState<'a> {
 /// Turns products of queries and keys into weights `2^(factor S - m_new)` and updates the state of the queries.
 ///
 /// `factor` is not negative. A query that sees no key here keeps its state (`-inf - -inf` is never formed), and its weights
-/// are 0. NaN among the scores of a query makes its denominator NaN.
+/// are 0. NaN among the scores of a query makes its denominator NaN. With dropout, weights are multiplied by `kept` once the
+/// denominator has counted them.
 #[inline(always)]
 pub(super) fn online_softmax<S: Vectors, F: Format<S>>(
     simd: S,
@@ -102,24 +132,20 @@ pub(super) fn online_softmax<S: Vectors, F: Format<S>>(
     scores: &mut [f32],
     sight: &Sight<'_>,
     factor: f32,
+    kept: Option<&[f32]>,
     state: &mut RowState<'_>,
 ) {
-    let vectors = sight.queries.count.div_ceil(S::F32_LANES);
-    let mut vector = 0;
-    let mut step = OnlineSoftmax {
+    let step = OnlineSoftmax {
         simd,
         format,
         scores,
         sight,
         factor,
+        kept: kept.unwrap_or_default(),
     };
-    while vector + VECTORS <= vectors {
-        step.vectors::<VECTORS>(vector * S::F32_LANES, state);
-        vector += VECTORS;
-    }
-    while vector < vectors {
-        step.vectors::<1>(vector * S::F32_LANES, state);
-        vector += 1;
+    match kept {
+        None => step.all_vectors::<false>(state),
+        Some(_) => step.all_vectors::<true>(state),
     }
 }
 
@@ -129,12 +155,32 @@ struct OnlineSoftmax<'a, S, F> {
     scores: &'a mut [f32],
     sight: &'a Sight<'a>,
     factor: f32,
+    /// Read only with dropout.
+    kept: &'a [f32],
 }
 
 impl<S: Vectors, F: Format<S>> OnlineSoftmax<'_, S, F> {
+    #[inline(always)]
+    fn all_vectors<const DROPOUT: bool>(mut self, state: &mut RowState<'_>) {
+        let vectors = self.sight.queries.count.div_ceil(S::F32_LANES);
+        let mut vector = 0;
+        while vector + VECTORS <= vectors {
+            self.vectors::<VECTORS, DROPOUT>(vector * S::F32_LANES, state);
+            vector += VECTORS;
+        }
+        while vector < vectors {
+            self.vectors::<1, DROPOUT>(vector * S::F32_LANES, state);
+            vector += 1;
+        }
+    }
+
     /// The queries of `N` vectors from `lane` on.
     #[inline(always)]
-    fn vectors<const N: usize>(&mut self, lane: usize, state: &mut RowState<'_>) {
+    fn vectors<const N: usize, const DROPOUT: bool>(
+        &mut self,
+        lane: usize,
+        state: &mut RowState<'_>,
+    ) {
         let simd = self.simd;
         let factor = simd.splat_f32s(self.factor);
         let old: [_; N] = load::<S, N>(state.max, lane);
@@ -150,7 +196,7 @@ impl<S: Vectors, F: Format<S>> OnlineSoftmax<'_, S, F> {
             max[j]
         ));
         let correction: [_; N] = each!(simd, |j| simd.exp2(simd.sub_f32s(old[j], shift[j])));
-        let sums = self.weights(lane, factor, shift);
+        let sums = self.weights::<N, DROPOUT>(lane, factor, shift);
         let before: [_; N] = load::<S, N>(state.denominator, lane);
         store::<S, N>(
             state.denominator,
@@ -171,27 +217,27 @@ impl<S: Vectors, F: Format<S>> OnlineSoftmax<'_, S, F> {
         let simd = self.simd;
         let lowest = simd.splat_f32s(f32::NEG_INFINITY);
         let mut largest = [lowest; N];
-        for key in 0..self.sight.seen_by_all {
+        let all = &self.sight.seen_by_all;
+        for key in all.clone() {
             let row: [_; N] = load::<S, N>(self.scores, key * QUERY_TILE + lane);
             largest = each!(simd, |j| simd.max_f32s(largest[j], row[j]));
         }
-        let lanes: [_; N] = load::<S, N>(&LANES, lane);
-        for key in self.sight.seen_by_all..self.sight.seen {
-            let at = key * QUERY_TILE + lane;
-            let row: [_; N] = load::<S, N>(self.scores, at);
-            let first = simd.splat_f32s(self.sight.first_lane(key));
-            let row: [_; N] = each!(simd, |j| {
-                simd.select_f32s(simd.less_than_f32s(lanes[j], first), lowest, row[j])
-            });
-            store::<S, N>(self.scores, at, row);
-            largest = each!(simd, |j| simd.max_f32s(largest[j], row[j]));
+        let seen = &self.sight.seen;
+        for some in [seen.start..all.start, all.end..seen.end] {
+            for key in some {
+                let at = key * QUERY_TILE + lane;
+                let row: [_; N] = load::<S, N>(self.scores, at);
+                let row = self.sight.hide(simd, key, lane, row);
+                store::<S, N>(self.scores, at, row);
+                largest = each!(simd, |j| simd.max_f32s(largest[j], row[j]));
+            }
         }
         largest
     }
 
     /// The weights, and their sums.
     #[inline(always)]
-    fn weights<const N: usize>(
+    fn weights<const N: usize, const DROPOUT: bool>(
         &mut self,
         lane: usize,
         factor: S::f32s,
@@ -200,15 +246,20 @@ impl<S: Vectors, F: Format<S>> OnlineSoftmax<'_, S, F> {
         let simd = self.simd;
         let minus_shift: [_; N] = each!(simd, |j| simd.neg_f32s(shift[j]));
         let mut sums = [simd.splat_f32s(0.0); N];
-        for key in (0..self.sight.seen).step_by(F::DEPTH) {
+        for key in self.sight.seen.clone().step_by(F::DEPTH) {
             let mut weights = [[simd.splat_f32s(0.0); N]; 2];
-            let rows = F::DEPTH.min(self.sight.seen - key);
+            let rows = F::DEPTH.min(self.sight.seen.end - key);
             for (i, weights) in weights.iter_mut().enumerate().take(rows) {
-                let row: [_; N] = load::<S, N>(self.scores, (key + i) * QUERY_TILE + lane);
+                let at = (key + i) * QUERY_TILE + lane;
+                let row: [_; N] = load::<S, N>(self.scores, at);
                 for j in 0..N {
                     let exponent = simd.mul_add_e_f32s(row[j], factor, minus_shift[j]);
                     weights[j] = simd.exp2(exponent);
                     sums[j] = simd.add_f32s(sums[j], weights[j]);
+                }
+                if DROPOUT {
+                    let kept: [_; N] = load::<S, N>(self.kept, at);
+                    *weights = each!(simd, |j| simd.mul_f32s(weights[j], kept[j]));
                 }
             }
             let words = match F::DEPTH {
@@ -242,6 +293,14 @@ pub(super) struct Factors {
     pub(super) gradient: f32,
 }
 
+impl Factors {
+    /// What there is to multiply by has been.
+    pub(super) const NONE: Self = Self {
+        score: 1.0,
+        gradient: 1.0,
+    };
+}
+
 /// A tile of scores and of their gradients; rows are [`QUERY_TILE`] words apart.
 pub(super) struct GradientTile<'a> {
     /// `Q K^T`; becomes `P`, words of neighbouring queries.
@@ -252,7 +311,8 @@ pub(super) struct GradientTile<'a> {
     pub(super) by_keys: &'a mut [f32],
 }
 
-/// `P = 2^(factor S - L)`, `scale dS = P (scale output_scale dP - scale Delta)`.
+/// `P = 2^(factor S - L)`, `scale dS = P (scale output_scale dP - scale Delta)`. With dropout, `P` is then multiplied by `kept`;
+/// `dP` must have been.
 #[inline(always)]
 pub(super) fn softmax_gradient<S: Vectors, F: Format<S>>(
     simd: S,
@@ -260,29 +320,21 @@ pub(super) fn softmax_gradient<S: Vectors, F: Format<S>>(
     tile: GradientTile<'_>,
     sight: &Sight<'_>,
     factors: Factors,
+    kept: Option<&[f32]>,
     rows: &GradientRows<'_>,
 ) {
-    let vectors = sight.queries.count.div_ceil(S::F32_LANES);
-    let mut vector = 0;
-    let mut step = SoftmaxGradient {
+    let step = SoftmaxGradient {
         simd,
         format,
         tile,
         sight,
         factors,
         rows,
+        kept: kept.unwrap_or_default(),
     };
-    while vector + VECTORS <= vectors {
-        step.vectors::<VECTORS>(vector * S::F32_LANES);
-        vector += VECTORS;
-    }
-    while vector + 2 <= vectors {
-        step.vectors::<2>(vector * S::F32_LANES);
-        vector += 2;
-    }
-    while vector < vectors {
-        step.vectors::<1>(vector * S::F32_LANES);
-        vector += 1;
+    match kept {
+        None => step.all_vectors::<false>(),
+        Some(_) => step.all_vectors::<true>(),
     }
 }
 
@@ -293,19 +345,39 @@ struct SoftmaxGradient<'a, S, F> {
     sight: &'a Sight<'a>,
     factors: Factors,
     rows: &'a GradientRows<'a>,
+    /// Read only with dropout.
+    kept: &'a [f32],
 }
 
 impl<S: Vectors, F: Format<S>> SoftmaxGradient<'_, S, F> {
+    #[inline(always)]
+    fn all_vectors<const DROPOUT: bool>(mut self) {
+        let vectors = self.sight.queries.count.div_ceil(S::F32_LANES);
+        let mut vector = 0;
+        while vector + VECTORS <= vectors {
+            self.vectors::<VECTORS, DROPOUT>(vector * S::F32_LANES);
+            vector += VECTORS;
+        }
+        while vector + 2 <= vectors {
+            self.vectors::<2, DROPOUT>(vector * S::F32_LANES);
+            vector += 2;
+        }
+        while vector < vectors {
+            self.vectors::<1, DROPOUT>(vector * S::F32_LANES);
+            vector += 1;
+        }
+    }
+
     /// The queries of `N` vectors from `lane` on.
     #[inline(always)]
-    fn vectors<const N: usize>(&mut self, lane: usize) {
+    fn vectors<const N: usize, const DROPOUT: bool>(&mut self, lane: usize) {
         let simd = self.simd;
         let zero = [simd.splat_f32s(0.0); N];
-        for key in (0..self.sight.seen).step_by(F::DEPTH) {
+        for key in self.sight.seen.clone().step_by(F::DEPTH) {
             let mut gradients = [zero; 2];
-            let rows = F::DEPTH.min(self.sight.seen - key);
+            let rows = F::DEPTH.min(self.sight.seen.end - key);
             for (i, gradients) in gradients.iter_mut().enumerate().take(rows) {
-                *gradients = self.row::<N>(key + i, lane);
+                *gradients = self.row::<N, DROPOUT>(key + i, lane);
             }
             if F::DEPTH > 1 {
                 let words = each!(simd, |j| {
@@ -319,7 +391,11 @@ impl<S: Vectors, F: Format<S>> SoftmaxGradient<'_, S, F> {
 
     /// One key; returns the gradients of its scores.
     #[inline(always)]
-    fn row<const N: usize>(&mut self, key: usize, lane: usize) -> [S::f32s; N] {
+    fn row<const N: usize, const DROPOUT: bool>(
+        &mut self,
+        key: usize,
+        lane: usize,
+    ) -> [S::f32s; N] {
         let simd = self.simd;
         let start = key * QUERY_TILE;
         let score_factor = simd.splat_f32s(self.factors.score);
@@ -332,20 +408,19 @@ impl<S: Vectors, F: Format<S>> SoftmaxGradient<'_, S, F> {
         let mut exponents: [_; N] = each!(simd, |j| {
             simd.mul_add_e_f32s(scores[j], score_factor, simd.neg_f32s(log_sum_exp[j]))
         });
-        if key >= self.sight.seen_by_all {
-            let first = simd.splat_f32s(self.sight.first_lane(key));
-            let lanes: [_; N] = load::<S, N>(&LANES, lane);
-            let lowest = simd.splat_f32s(f32::NEG_INFINITY);
-            exponents = each!(simd, |j| {
-                simd.select_f32s(simd.less_than_f32s(lanes[j], first), lowest, exponents[j])
-            });
+        if !self.sight.seen_by_all.contains(&key) {
+            exponents = self.sight.hide(simd, key, lane, exponents);
         }
-        let weights: [_; N] = each!(simd, |j| simd.exp2(exponents[j]));
+        let mut weights: [_; N] = each!(simd, |j| simd.exp2(exponents[j]));
         let gradients: [_; N] = each!(simd, |j| {
             let difference =
                 simd.mul_add_e_f32s(gradients[j], gradient_factor, simd.neg_f32s(delta[j]));
             simd.mul_f32s(weights[j], difference)
         });
+        if DROPOUT {
+            let kept: [_; N] = load::<S, N>(self.kept, start + lane);
+            weights = each!(simd, |j| simd.mul_f32s(weights[j], kept[j]));
+        }
         self.store_row(self.format, start, lane, weights, gradients);
         gradients
     }

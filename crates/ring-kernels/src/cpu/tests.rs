@@ -1,7 +1,7 @@
 //! The CPU kernels against the oracle.
 
 use proptest::prelude::*;
-use ring_comm::buffer::{Buffer, DType, HostBuffer};
+use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
 
 use super::scratch::{self, Pool};
 use super::{CpuKernels, InstructionSet, backward, forward};
@@ -38,6 +38,57 @@ impl Case {
     }
 }
 
+/// Output, log-sum-exp and the three gradients for contiguous queries, keys, values and output gradients.
+pub(super) fn attention_of(
+    kernels: &CpuKernels,
+    problem: &Problem,
+    blocks: &[HeadBlocks],
+    [query, key, value, grad_output]: [HostView<'_>; 4],
+) -> [HostBuffer; 5] {
+    let query_layout =
+        RowLayout::contiguous(problem.query_heads, problem.queries, problem.head_dim);
+    let key_layout = RowLayout::contiguous(problem.kv_heads, problem.keys, problem.head_dim);
+    let of_queries = |data| Tensor {
+        data,
+        layout: &query_layout,
+    };
+    let of_keys = |data| Tensor {
+        data,
+        layout: &key_layout,
+    };
+    let source = KeyValue::Own {
+        key: of_keys(key),
+        value: of_keys(value),
+    };
+    let mut state = kernels.start(problem).unwrap();
+    kernels
+        .forward(problem, of_queries(query), &source, blocks, &mut state)
+        .unwrap();
+    let dtype = query.dtype();
+    let (output, log_sum_exp) = kernels.finish(problem, state, dtype, 1.0).unwrap();
+    let gradient = of_queries(grad_output);
+    let delta = kernels
+        .delta(problem, output.view(), gradient, log_sum_exp.view(), None)
+        .unwrap();
+    let inputs = BackwardInputs {
+        query: of_queries(query),
+        grad_output: gradient,
+        log_sum_exp: log_sum_exp.view(),
+        delta: &delta,
+    };
+    let mut grad_query = HostBuffer::zeros(DType::F32, query.len());
+    let mut grad_key = HostBuffer::zeros(DType::F32, key.len());
+    let mut grad_value = grad_key.clone();
+    let own = KeyValueGradient::Own {
+        key: &mut grad_key,
+        value: &mut grad_value,
+    };
+    kernels
+        .backward(problem, &inputs, &source, blocks, 1.0, &mut grad_query, own)
+        .unwrap();
+    [output, log_sum_exp, grad_query, grad_key, grad_value]
+}
+
 #[test]
 fn any_head_size_matches_the_oracle() {
     for head_dim in [1, 3, 8, 20, 64, 80, 128] {
@@ -68,13 +119,9 @@ fn query_heads_of_a_group_share_their_keys() {
     let problem = causal(problem(2, (6, 2), 16, (150, 140)));
     let mut case = tangled(problem);
     case.blocks[0].kv_heads = vec![1];
-    case.blocks.push(HeadBlocks {
-        kv_heads: vec![0, 1],
-        blocks: vec![Block {
-            queries: rows(2, 4, 37),
-            keys: rows(1, 5, 28),
-        }],
-    });
+    let more = block(rows(2, 4, 37), rows(1, 5, 28));
+    let more = on_every_entry(&case.problem, vec![0, 1], vec![more]);
+    case.blocks.push(more);
     case.check();
 }
 
@@ -126,6 +173,231 @@ fn every_sign_of_the_scale_matches_the_oracle() {
     }
 }
 
+/// A window, softcap, slopes that differ from head to head, and dropout.
+fn everything(problem: Problem) -> Case {
+    let slopes = (0..problem.query_heads).map(|head| 0.05 * head as f32);
+    let scores = Scores {
+        softcap: Some(1.5),
+        alibi_slopes: Some(slopes.collect()),
+        dropout: Some(Dropout::new(0.3, 11, 1)),
+    };
+    let mask = Mask {
+        left: Some(70),
+        right: Some(20),
+    };
+    let mut case = tangled(Problem {
+        mask,
+        scores,
+        ..problem
+    });
+    case.output_scale = 1.0 / 0.7;
+    for (branch, block) in case.blocks[0].blocks.iter_mut().enumerate() {
+        block.branch = branch as u32;
+    }
+    case
+}
+
+#[test]
+fn windows_of_any_width_match_the_oracle() {
+    let bounds = [None, Some(0), Some(7), Some(64), Some(200)];
+    for (left, right) in bounds
+        .iter()
+        .flat_map(|&left| bounds.map(|right| (left, right)))
+    {
+        for dtype in [DType::F32, DType::BF16] {
+            let mut case = tangled(problem(1, (2, 1), 12, (150, 140)));
+            case.problem.mask = Mask { left, right };
+            case.dtype = dtype;
+            case.check();
+        }
+    }
+}
+
+#[test]
+fn windows_over_many_tiles_match_the_oracle() {
+    let far = 1_i64 << 40;
+    for (first_position, left, right) in [(0, 100, 0), (-far, 3, 130), (far - 5000, 0, 0)] {
+        for dtype in [DType::F32, DType::BF16] {
+            let problem = Problem {
+                mask: Mask {
+                    left: Some(left),
+                    right: Some(right),
+                },
+                ..problem(1, (1, 1), 4, (700, 900))
+            };
+            // Windows in the middle of the keys, none before them, and none behind them.
+            for shift in [90, -500, 600] {
+                let queries = at(rows(0, 1, 700), first_position + shift, 1);
+                let keys = at(rows(0, 1, 900), first_position, 1);
+                let mut case =
+                    Case::new(problem.clone(), on_all_heads(&problem, &[(queries, keys)]));
+                case.dtype = dtype;
+                case.check();
+            }
+        }
+    }
+}
+
+#[test]
+fn keys_that_no_query_of_a_band_sees_are_not_computed_with() {
+    let mut problem = problem(1, (1, 1), 8, (100, 1000));
+    problem.mask = Mask {
+        left: Some(30),
+        right: Some(10),
+    };
+    // The queries see keys 470 to 609: tiles 3 and 4 of 128 keys.
+    let block = (at(rows(0, 1, 100), 500, 1), rows(0, 1, 1000));
+    let blocks = on_all_heads(&problem, &[block]);
+    let mut operands = Case::new(problem.clone(), blocks.clone()).operands();
+    let run = |threads, operands: &Operands| {
+        let inputs = [
+            operands.query.buffer.view(),
+            operands.key.buffer.view(),
+            operands.value.buffer.view(),
+            operands.grad_output.buffer.view(),
+        ];
+        let kernels = CpuKernels::new(threads).unwrap();
+        attention_of(&kernels, &problem, &blocks, inputs)
+    };
+    let expected = run(1, &operands);
+    for operand in [&mut operands.key, &mut operands.value] {
+        let numbers = operand.buffer.as_f32_mut().unwrap();
+        numbers[..3 * 128 * 8].fill(f32::NAN);
+        numbers[5 * 128 * 8..].fill(f32::NAN);
+    }
+    for threads in [1, 2] {
+        assert_eq!(run(threads, &operands), expected, "{threads} threads");
+    }
+}
+
+#[test]
+fn softcap_slopes_and_dropout_match_the_oracle_alone_and_together() {
+    let all = everything(problem(2, (4, 2), 20, (150, 140)));
+    let Scores {
+        softcap,
+        alibi_slopes,
+        dropout,
+    } = all.problem.scores.clone();
+    for options in 1..8 {
+        for (dtype, order) in [
+            (DType::F32, Order::RowsFirst),
+            (DType::BF16, Order::HeadsFirst),
+            (DType::F16, Order::Bordered(3)),
+        ] {
+            let mut case = everything(problem(2, (4, 2), 20, (150, 140)));
+            (case.dtype, case.order) = (dtype, order);
+            case.problem.scores = Scores {
+                softcap: softcap.filter(|_| options & 1 > 0),
+                alibi_slopes: alibi_slopes.clone().filter(|_| options & 2 > 0),
+                dropout: dropout.filter(|_| options & 4 > 0),
+            };
+            case.check();
+        }
+    }
+}
+
+#[test]
+fn every_sign_of_the_scale_matches_the_oracle_with_everything_on() {
+    for scale in [-0.3, 0.0, 2.0] {
+        for dtype in [DType::F32, DType::BF16] {
+            let mut case = everything(problem(1, (2, 2), 20, (150, 140)));
+            case.problem.scale = scale;
+            case.dtype = dtype;
+            case.check();
+        }
+    }
+}
+
+#[test]
+fn extreme_softcaps_bound_scores_and_make_no_nan() {
+    for softcap in [f32::MIN_POSITIVE, 1e-3, 1e3, f32::MAX] {
+        let mut case = full(problem(1, (1, 1), 8, (70, 130)));
+        case.problem.scores.softcap = Some(softcap);
+        case.check();
+    }
+}
+
+#[test]
+fn slopes_count_far_from_0_and_over_far_distances() {
+    let far = 1_i64 << 40;
+    // Neighbours, and rows that stand further apart than f32 can tell neighbours apart.
+    for (first_position, step, slope) in [
+        (far - 200, 1, 0.25),
+        (-far, 1, 0.25),
+        (-far, (1 << 27) + 1, 1e-8),
+    ] {
+        let mut problem = problem(1, (1, 1), 8, (140, 130));
+        problem.scores.alibi_slopes = Some([slope].into());
+        let queries = at(rows(0, 1, 140), first_position + 3, step);
+        let keys = at(rows(0, 1, 130), first_position, step);
+        Case::new(problem.clone(), on_all_heads(&problem, &[(queries, keys)])).check();
+    }
+}
+
+/// `rows` rows for each of `heads`: row `i` is unit vector `i`.
+fn unit_vectors(heads: usize, rows: usize, head_dim: usize) -> Vec<f32> {
+    (0..heads * rows * head_dim)
+        .map(|i| f32::from(u8::from(i % head_dim == i / head_dim % rows)))
+        .collect()
+}
+
+#[test]
+fn weights_are_dropped_exactly_where_dropout_says() {
+    let far = 1_i64 << 40;
+    for (first_position, query_step, key_step) in
+        [(0, 1, 1), (-far, 3, 2), (far - 1500, 1, 5), (-77, 2, 1)]
+    {
+        let (queries, keys) = (70, 150);
+        let queries = at(rows(0, 1, queries), first_position, query_step);
+        let keys = at(rows(0, 1, keys), first_position + 5, key_step);
+        let mut problem = problem(2, (2, 2), keys.count, (queries.count, keys.count));
+        problem.scores.dropout = Some(Dropout::new(0.4, 0xfeed_5eed_1234, 3));
+        for set in InstructionSet::available() {
+            check_dropped(&on(set, 1), &problem, &queries, &keys);
+        }
+    }
+}
+
+/// Scores are 0, values and output gradients unit vectors, so that outputs and value gradients are weights.
+#[track_caller]
+fn check_dropped(kernels: &CpuKernels, problem: &Problem, queries: &Rows, keys: &Rows) {
+    let mut blocks = on_all_heads(problem, &[(*queries, *keys)]);
+    blocks[0].blocks[0].branch = 9;
+    let zeros = |rows| vec![0.0; 4 * rows * problem.head_dim];
+    let (query, key) = (zeros(queries.count), zeros(keys.count));
+    let value = unit_vectors(4, keys.count, problem.head_dim);
+    let grad_output = unit_vectors(4, queries.count, problem.head_dim);
+    let inputs = [&query, &key, &value, &grad_output].map(|numbers| HostView::F32(numbers));
+    let [output, _, _, _, grad_value] = attention_of(kernels, problem, &blocks, inputs);
+    let (output, grad_value) = (output.as_f32().unwrap(), grad_value.as_f32().unwrap());
+    let dropout = problem.scores.dropout.unwrap();
+    for head in 0..4 {
+        let stream = dropout.stream(head / 2, 2, head % 2);
+        for query in 0..queries.count {
+            for key in 0..keys.count {
+                let (n, m) = (queries.position(query), keys.position(key));
+                let kept = dropout.keeps(stream, 9, n, m);
+                let weight = output[(head * queries.count + query) * problem.head_dim + key];
+                let gradient = grad_value[(head * keys.count + key) * problem.head_dim + query];
+                for got in [weight, gradient] {
+                    assert_eq!(got != 0.0, kept, "{kernels:?}, {n} {m}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn batch_entries_without_blocks_get_nothing() {
+    let mut case = everything(problem(3, (2, 1), 8, (150, 140)));
+    case.blocks[0].entries = vec![0, 2];
+    let computed = case.check();
+    let rows = 2 * 150 * 8;
+    let output = computed.output.as_f32().unwrap();
+    assert!(output[rows..2 * rows].iter().all(|&x| x == 0.0));
+    assert!(output[2 * rows..].iter().any(|&x| x != 0.0));
+}
+
 #[test]
 fn an_instruction_set_that_the_processor_lacks_is_a_typed_error() {
     for set in InstructionSet::ALL {
@@ -143,10 +415,7 @@ fn an_instruction_set_that_the_processor_lacks_is_a_typed_error() {
 #[test]
 fn hops_add_up_to_one_call() {
     let case = tangled(causal(problem(1, (2, 2), 16, (150, 140))));
-    let single = |block: &Block| HeadBlocks {
-        kv_heads: vec![0, 1],
-        blocks: vec![*block],
-    };
+    let single = |block: &Block| on_every_entry(&case.problem, vec![0, 1], vec![*block]);
     let hops: Vec<Vec<HeadBlocks>> = case.blocks[0]
         .blocks
         .iter()
@@ -163,7 +432,8 @@ fn rows_without_keys_are_zero_and_never_nan() {
     let problem = causal(problem(1, (1, 1), 8, (80, 40)));
     // The first 30 queries stand before every key; the last 10 are in no block.
     let block = (at(rows(0, 1, 70), -30, 1), rows(0, 1, 40));
-    let computed = Case::new(problem, on_all_heads(&problem, &[block])).check();
+    let blocks = on_all_heads(&problem, &[block]);
+    let computed = Case::new(problem, blocks).check();
     let log_sum_exp = computed.log_sum_exp.as_f32().unwrap();
     for row in (0..30).chain(70..80) {
         assert_eq!(log_sum_exp[row], f32::NEG_INFINITY);
@@ -197,7 +467,7 @@ fn huge_scores_do_not_overflow() {
 #[test]
 fn nan_in_a_query_reaches_its_own_row_and_no_other() {
     let problem = causal(problem(1, (1, 1), 8, (20, 20)));
-    let case = full(problem);
+    let case = full(problem.clone());
     let mut operands = case.operands();
     operands.query.buffer.as_f32_mut().unwrap()[7 * 8] = f32::NAN;
     let kernels = CpuKernels::new(1).unwrap();
@@ -229,13 +499,36 @@ fn results_do_not_depend_on_the_number_of_threads() {
         problem(1, (2, 2), 24, (150, 140)),
         causal(problem(1, (4, 2), 24, (150, 140))),
     ] {
+        bits_do_not_depend_on_the_number_of_threads(tangled(problem));
+    }
+    bits_do_not_depend_on_the_number_of_threads(everything(problem(1, (4, 2), 24, (150, 140))));
+    // Several bands and many tiles, which windows cut anywhere.
+    let mut windows = everything(problem(1, (2, 1), 8, (1100, 1200)));
+    let block = (at(rows(0, 1, 1100), 39, 1), rows(0, 1, 1200));
+    windows.blocks = on_all_heads(&windows.problem, &[block]);
+    bits_do_not_depend_on_the_number_of_threads(windows);
+}
+
+#[track_caller]
+fn bits_do_not_depend_on_the_number_of_threads(mut case: Case) {
+    let bits = |computed: &Computed| {
+        let bits = |buffer: &HostBuffer| -> Vec<u32> {
+            buffer
+                .as_f32()
+                .unwrap()
+                .iter()
+                .map(|x| x.to_bits())
+                .collect()
+        };
+        computed.buffers().map(bits)
+    };
+    for set in InstructionSet::available() {
         for dtype in [DType::F32, DType::BF16] {
-            let mut case = tangled(problem);
             case.dtype = dtype;
-            let one = case.run(&CpuKernels::new(1).unwrap()).unwrap();
+            let one = bits(&case.run(&on(set, 1)).unwrap());
             for threads in [2, 3, 4] {
-                let computed = case.run(&CpuKernels::new(threads).unwrap()).unwrap();
-                assert_eq!(one, computed, "{dtype}, {threads} threads");
+                let computed = case.run(&on(set, threads)).unwrap();
+                assert_eq!(one, bits(&computed), "{set}, {dtype}, {threads} threads");
             }
         }
     }
@@ -267,10 +560,7 @@ fn packed_case(problem: &Problem) -> (PackedRows, Vec<HeadBlocks>, Vec<HeadBlock
                 run.position_step,
             );
             start += run.count;
-            let entry = |keys| HeadBlocks {
-                kv_heads: vec![head],
-                blocks: vec![Block { queries, keys }],
-            };
+            let entry = |keys| on_every_entry(problem, vec![head], vec![block(queries, keys)]);
             own.push(entry(*run));
             slot.push(entry(in_slot));
         }
@@ -283,7 +573,7 @@ fn packed_rows_give_what_own_rows_give() {
     for (dtype, threads) in [(DType::F32, 1), (DType::BF16, 1), (DType::F16, 8)] {
         let problem = causal(problem(2, (4, 2), 16, (130, 140)));
         let (packed, own, slot_blocks) = packed_case(&problem);
-        let mut case = Case::new(problem, own);
+        let mut case = Case::new(problem.clone(), own);
         (case.dtype, case.order) = (dtype, Order::RowsFirst);
         let operands = case.operands();
         let kernels = CpuKernels::new(threads).unwrap();
@@ -446,7 +736,7 @@ fn refused_memory_is_an_error() {
 #[test]
 fn results_are_rounded_to_the_asked_type() {
     let problem = problem(1, (1, 1), 4, (10, 10));
-    let case = full(problem);
+    let case = full(problem.clone());
     let operands = case.operands();
     let kernels = CpuKernels::new(1).unwrap();
     let exact = case.run(&kernels).unwrap().output;
@@ -494,15 +784,20 @@ fn scratch_is_as_large_as_it_says() {
 
 #[test]
 fn queries_that_see_nothing_contribute_nothing_whatever_they_hold() {
-    let problem = causal(problem(1, (1, 1), 8, (80, 40)));
-    let block = (at(rows(0, 1, 80), -30, 1), rows(0, 1, 40));
-    for dtype in [DType::F32, DType::BF16] {
-        let mut case = Case::new(problem, on_all_heads(&problem, &[block]));
-        case.dtype = dtype;
-        let clean = case.run(&CpuKernels::new(1).unwrap()).unwrap();
-        case.poisoned = 30;
-        let poisoned = case.run(&CpuKernels::new(1).unwrap()).unwrap();
-        assert_eq!(poisoned, clean, "{dtype}");
+    let everything = everything(problem(1, (1, 1), 8, (80, 40))).problem;
+    for (problem, before) in [
+        (causal(problem(1, (1, 1), 8, (80, 40))), 30),
+        (everything, 50),
+    ] {
+        let block = (at(rows(0, 1, 80), -before, 1), rows(0, 1, 40));
+        for dtype in [DType::F32, DType::BF16] {
+            let mut case = Case::new(problem.clone(), on_all_heads(&problem, &[block]));
+            case.dtype = dtype;
+            let clean = case.run(&CpuKernels::new(1).unwrap()).unwrap();
+            case.poisoned = 30;
+            let poisoned = case.run(&CpuKernels::new(1).unwrap()).unwrap();
+            assert_eq!(poisoned, clean, "{dtype}");
+        }
     }
 }
 
@@ -595,7 +890,7 @@ fn bad_arguments_are_typed_errors() {
 #[test]
 fn gradient_heads_that_overlap_are_refused() {
     let problem = problem(1, (2, 2), 8, (20, 30));
-    let case = full(problem);
+    let case = full(problem.clone());
     let operands = case.operands();
     let kernels = CpuKernels::new(1).unwrap();
     let rows = HostBuffer::zeros(DType::F32, 40);
@@ -643,7 +938,7 @@ fn gradient_heads_that_overlap_are_refused() {
 #[test]
 fn messages_with_bad_rows_are_refused() {
     let problem = problem(1, (2, 2), 8, (20, 30));
-    let operands = full(problem).operands();
+    let operands = full(problem.clone()).operands();
     let kernels = CpuKernels::new(1).unwrap();
     let pack = |packed: &PackedRows| {
         kernels.pack(
