@@ -39,11 +39,11 @@ pub struct PatternOptions {
 
     /// Lengths of documents packed one after the other, each of which attends to itself alone: for all batch entries, or those of
     /// each, separated by semicolons, e.g. "7,33;40".
-    #[arg(long, value_name = "N,N,..[;N,N,..]", value_parser = parse_documents)]
+    #[arg(long, value_name = "N,N,..[;N,N,..]", value_parser = parse_documents, allow_hyphen_values = true)]
     pub document_lengths: Option<Documents>,
 
     /// Number of keys of every batch entry; keys at later positions are padding, which nothing sees.
-    #[arg(long, value_name = "N,N,..", value_delimiter = ',', value_parser = parse_length)]
+    #[arg(long, value_name = "N,N,..", value_delimiter = ',', value_parser = parse_length, allow_hyphen_values = true)]
     pub key_lengths: Option<Vec<usize>>,
 }
 

@@ -154,17 +154,12 @@ fn causal_zigzag_is_balanced_and_causal_contiguous_is_not() {
 
 #[test]
 fn shardings_are_compared() {
-    let compared = |more: &[&str]| {
-        let survey = survey(&[&["--length", "64K", "--ranks", "8", "--batch", "2"], more].concat());
-        let comparison = survey.comparison.unwrap();
+    const SIZES: [&str; 6] = ["--length", "64K", "--ranks", "8", "--batch", "2"];
+    let compared = |more: &[&str], sharding: &str| {
+        let arguments = |sharding| [&SIZES[..], more, &["--sharding", sharding]].concat();
+        let comparison = survey(&arguments(sharding)).comparison.unwrap();
         for cost in &comparison.shardings {
-            let alone = ["--sharding", &cost.sharding];
-            let arguments = [
-                &["--length", "64K", "--ranks", "8", "--batch", "2"],
-                more,
-                &alone,
-            ];
-            let alone = self::survey(&arguments.concat());
+            let alone = survey(&arguments(&cost.sharding));
             let totals = alone.totals.unwrap();
             assert_eq!(cost.forward_received, totals.forward_received);
             assert_eq!(cost.imbalance, alone.imbalance.unwrap().pairs);
@@ -177,20 +172,21 @@ fn shardings_are_compared() {
         let shardings = comparison.shardings.iter();
         shardings.map(|cost| cost.sharding.clone()).collect()
     };
-    let causal = compared(&["--causal"]);
+    let causal = compared(&["--causal"], "contiguous");
     assert_eq!(names(&causal), ["contiguous", "zigzag", "striped"]);
     assert_eq!(causal.best, "zigzag");
     // Equal work everywhere: the bytes decide.
-    let local = compared(&["--segment-lengths", "1K", "--dilation-rates", "1"]);
+    let local = compared(
+        &["--segment-lengths", "1K", "--dilation-rates", "1"],
+        "zigzag",
+    );
     assert_eq!(local.best, "contiguous");
     // A window makes work even where causality made it uneven.
-    assert_eq!(compared(&["--window", "511,0"]).best, "contiguous");
-    let documents = compared(&[
-        "--document-lengths",
-        "64000,1536",
-        "--sharding",
-        "striped:100",
-    ]);
+    assert_eq!(
+        compared(&["--window", "511,0"], "striped").best,
+        "contiguous"
+    );
+    let documents = compared(&["--document-lengths", "64000,1536"], "striped:100");
     assert_eq!(names(&documents)[3], "striped:100");
 
     let table = text(&["--length", "64K", "--ranks", "8", "--causal"]);
