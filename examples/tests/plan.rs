@@ -209,6 +209,26 @@ fn shardings_are_compared() {
 }
 
 #[test]
+fn the_table_names_the_masks() {
+    let arguments = [
+        ["--length", "1000"],
+        ["--ranks", "2"],
+        ["--batch", "2"],
+        ["--window", "99,-1"],
+        ["--document-lengths", "400,600;1000"],
+        ["--key-lengths", "900,1000"],
+    ];
+    let table = text(arguments.as_flattened());
+    for words in [
+        "window 99,all",
+        "documents: 2; 1 (of each batch entry)",
+        "key lengths: 900; 1,000 (of each batch entry)",
+    ] {
+        assert!(table.contains(words), "{words} is not in\n{table}");
+    }
+}
+
+#[test]
 fn windows_documents_and_padding_leave_less_to_compute() {
     let pairs = |more: &[&str]| {
         let arguments = [

@@ -44,6 +44,13 @@ fn header(spec: &AttentionSpec, survey: &Survey) -> String {
             model.batch, model.heads, model.kv_heads, model.head_dim, survey.dtype
         ),
     ];
+    if let Some(documents) = &spec.documents {
+        let numbers = (0..documents.lists()).map(|entry| documents.lengths(entry).len());
+        lines.push(format!("documents: {}", list(numbers)));
+    }
+    if let Some(lengths) = &spec.key_lengths {
+        lines.push(format!("key lengths: {}", list(lengths.iter().copied())));
+    }
     if let (Some(totals), Some(imbalance)) = (&survey.totals, survey.imbalance) {
         lines.push(format!(
             "work: {} pairs in all, {} per rank; imbalance (slowest / mean) {:.3}",
@@ -53,6 +60,15 @@ fn header(spec: &AttentionSpec, survey: &Survey) -> String {
         ));
     }
     lines.join("\n")
+}
+
+/// A number for each batch entry, or one for all.
+fn list(numbers: impl Iterator<Item = usize>) -> String {
+    let numbers: Vec<String> = numbers.map(thousands).collect();
+    match numbers.as_slice() {
+        [of_all] => of_all.clone(),
+        of_each => format!("{} (of each batch entry)", of_each.join("; ")),
+    }
 }
 
 /// A column of the table of ranks.

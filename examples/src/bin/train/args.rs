@@ -165,7 +165,7 @@ Examples:
   train                                        the defaults: 4 ranks, about three minutes on two cores
   train --data book.txt --ranks 2 --steps 300  another text, fewer ranks
   train --segment-lengths 2048 --dilation-rates 1 --window 255,0 --alibi
-                                               a sliding window of 256 positions, told apart by ALiBi
+                                               a sliding window of 256 positions, with ALiBi
   train --resume 3 --ranks 8                   go on from the third checkpoint, on more ranks
   train --ranks 2 --data-parallel 2 --batch 4  two groups of two ranks, each with two sequences of every step
   mpirun -n 4 train                            ranks are processes; on several hosts, give all the same text
