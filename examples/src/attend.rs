@@ -12,12 +12,14 @@ mod options;
 mod outcome;
 mod output_file;
 mod ranks;
+mod scores;
 
 pub use input::Input;
 pub use measurement::{Measurement, Sizes, Times};
 pub use options::{Options, RandomShape};
 pub(crate) use options::{in_range, parse_dtype};
 pub use outcome::{GatheredTensor, Outcome, Pass};
+pub use scores::ScoreOptions;
 
 use crate::{
     command_line::{Failure, print},

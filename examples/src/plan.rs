@@ -3,6 +3,7 @@
 //! Data flows one way: [`Options`] describe the computation, a [`Survey`] plans every rank of it, and a table, JSON or a
 //! picture show it.
 
+mod comparison;
 mod options;
 mod picture;
 mod pixels;
@@ -10,6 +11,7 @@ mod survey;
 mod table;
 mod units;
 
+pub use comparison::{Comparison, ShardingCost};
 pub use options::Options;
 pub use survey::{Branch, Imbalance, Model, RankSurvey, Survey, Totals};
 
@@ -31,7 +33,12 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     }
     let survey = match options.rank {
         Some(rank) => Survey::of_rank(&spec, options.threads, rank),
-        None => Survey::of_all(&spec, options.threads),
+        None => {
+            Survey::of_all(&spec, options.threads).and_then(|survey| match options.compares() {
+                true => survey.compared(&spec),
+                false => Ok(survey),
+            })
+        }
     }
     .map_err(Failure::input)?;
     let mut text = if options.json {

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ring_examples::plan::Survey;
+use ring_examples::plan::{Comparison, Survey};
 
 fn plan(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_plan"))
@@ -152,6 +152,108 @@ fn causal_zigzag_is_balanced_and_causal_contiguous_is_not() {
     assert!(imbalance("contiguous") > 1.5);
 }
 
+#[test]
+fn shardings_are_compared() {
+    const SIZES: [&str; 6] = ["--length", "64K", "--ranks", "8", "--batch", "2"];
+    let compared = |more: &[&str], sharding: &str| {
+        let arguments = |sharding| [&SIZES[..], more, &["--sharding", sharding]].concat();
+        let comparison = survey(&arguments(sharding)).comparison.unwrap();
+        for cost in &comparison.shardings {
+            let alone = survey(&arguments(&cost.sharding));
+            let totals = alone.totals.unwrap();
+            assert_eq!(cost.forward_received, totals.forward_received);
+            assert_eq!(cost.imbalance, alone.imbalance.unwrap().pairs);
+            let pairs = alone.per_rank.iter().map(|rank| rank.pairs);
+            assert_eq!(cost.slowest_pairs, pairs.max().unwrap());
+        }
+        comparison
+    };
+    let names = |comparison: &Comparison| -> Vec<String> {
+        let shardings = comparison.shardings.iter();
+        shardings.map(|cost| cost.sharding.clone()).collect()
+    };
+    let causal = compared(&["--causal"], "contiguous");
+    assert_eq!(names(&causal), ["contiguous", "zigzag", "striped"]);
+    assert_eq!(causal.best, "zigzag");
+    // Equal work everywhere: the bytes decide.
+    let local = compared(
+        &["--segment-lengths", "1K", "--dilation-rates", "1"],
+        "zigzag",
+    );
+    assert_eq!(local.best, "contiguous");
+    // A window makes work even where causality made it uneven.
+    assert_eq!(
+        compared(&["--window", "511,0"], "striped").best,
+        "contiguous"
+    );
+    let documents = compared(&["--document-lengths", "64000,1536"], "striped:100");
+    assert_eq!(names(&documents)[3], "striped:100");
+
+    let table = text(&["--length", "64K", "--ranks", "8", "--causal"]);
+    assert!(
+        table.contains("slowest / mean") && table.contains("best: zigzag"),
+        "{table}"
+    );
+    let many = ["--length", "64K", "--ranks", "65"];
+    assert!(survey(&many).comparison.is_none());
+    assert!(
+        survey(&[&many[..], &["--compare"]].concat())
+            .comparison
+            .is_some()
+    );
+    assert!(
+        survey(&["--length", "64K", "--ranks", "1"])
+            .comparison
+            .is_none()
+    );
+}
+
+#[test]
+fn the_table_names_the_masks() {
+    let arguments = [
+        ["--length", "1000"],
+        ["--ranks", "2"],
+        ["--batch", "2"],
+        ["--window", "99,-1"],
+        ["--document-lengths", "400,600;1000"],
+        ["--key-lengths", "900,1000"],
+    ];
+    let table = text(arguments.as_flattened());
+    for words in [
+        "window 99,all",
+        "documents: 2; 1 (of each batch entry)",
+        "key lengths: 900; 1,000 (of each batch entry)",
+    ] {
+        assert!(table.contains(words), "{words} is not in\n{table}");
+    }
+}
+
+#[test]
+fn windows_documents_and_padding_leave_less_to_compute() {
+    let pairs = |more: &[&str]| {
+        let arguments = [
+            &[
+                "--length", "1000", "--ranks", "3", "--heads", "1", "--batch", "2",
+            ],
+            more,
+        ];
+        survey(&arguments.concat()).totals.unwrap().pairs
+    };
+    assert_eq!(pairs(&[]), 2 * 1000 * 1000);
+    assert_eq!(
+        pairs(&["--window", "9,-1", "--causal"]),
+        2 * (1000 * 10 - 45)
+    );
+    let squares = 2 * (400 * 400 + 600 * 600);
+    assert_eq!(pairs(&["--document-lengths", "400,600"]), squares);
+    let squares = 400 * 400 + 600 * 600 + 1000 * 1000;
+    assert_eq!(pairs(&["--document-lengths", "400,600;1e3"]), squares);
+    assert_eq!(
+        pairs(&["--key-lengths", "1000,10"]),
+        1000 * 1000 + 1000 * 10
+    );
+}
+
 /// Tags open and close in order, text is escaped, every number is one.
 fn assert_well_formed(svg: &str) {
     let mut open = Vec::new();
@@ -277,7 +379,7 @@ fn a_thousand_million_tokens_are_planned_quickly() {
 #[test]
 fn requests_that_make_no_sense_are_refused() {
     let length = ["--length", "64K"];
-    let cases: [(&[&str], &str); 14] = [
+    let cases: [(&[&str], &str); 20] = [
         (&[], "--length"),
         (&["--length", "many"], "whole number"),
         (&["--length", "2e12"], "largest"),
@@ -307,7 +409,25 @@ fn requests_that_make_no_sense_are_refused() {
             ],
             "is 0",
         ),
-        (&["--length", "64K", "--window", "4,4"], "not supported"),
+        (&["--length", "64K", "--window", "4,-2"], "no bound"),
+        (
+            &["--length", "64K", "--window", "4,4", "--causal"],
+            "causal",
+        ),
+        (
+            &["--length", "64K", "--document-lengths", "32K,31K"],
+            "64512 positions",
+        ),
+        (
+            &["--length", "64K", "--document-lengths", "64K;64K;64K"],
+            "3 batch entries",
+        ),
+        (&["--length", "64K", "--key-lengths", "65K"], "66560"),
+        (&["--length", "64K", "--softcap", "3"], "--softcap"),
+        (
+            &["--length", "64K", "--rank", "1", "--compare"],
+            "--compare",
+        ),
         (&["--length", "64K", "--sharding", "ring"], "zigzag"),
         (&["--length", "64K", "--rank", "1", "--all"], "--all"),
         (

@@ -55,6 +55,46 @@ fn losses_do_not_depend_on_data_groups() {
 }
 
 #[test]
+fn losses_with_window_softcap_alibi_and_attention_dropout_do_not_depend_on_ranks_or_groups() {
+    let (directory, _) = workplace();
+    let run = |name: &str, more: &[&str]| {
+        let options = [
+            "--steps=10",
+            "--batch=2",
+            "--window=100,0",
+            "--softcap=5",
+            "--alibi",
+            "--attention-dropout=0.2",
+        ];
+        losses(directory.path(), name, &[&options, more].concat())
+    };
+    let expected = run("one", &["--ranks=1"]);
+    for (name, more) in [
+        ("three", ["--ranks=3", "--sharding=zigzag"]),
+        ("groups", ["--ranks=2", "--data-parallel=2"]),
+    ] {
+        assert_agree(&run(name, &more), &expected);
+    }
+    // Each of them counts: without it other losses come out.
+    let first = |more: &[&str]| {
+        losses(
+            directory.path(),
+            "part",
+            &[&["--steps=2", "--batch=2", "--ranks=1"], more].concat(),
+        )[0]
+    };
+    let plain = first(&[]);
+    for option in [
+        "--window=10,0",
+        "--softcap=0.01",
+        "--alibi",
+        "--attention-dropout=0.2",
+    ] {
+        assert_ne!(first(&[option]), plain, "{option}");
+    }
+}
+
+#[test]
 fn a_checkpoint_resumes_on_another_number_of_ranks() {
     let (directory, _) = workplace();
     let whole = losses(
@@ -150,6 +190,15 @@ fn bad_input_is_one_line_and_status_2() {
         &["--segment-lengths", "64,0,1"],
         &["--dilation-rates", "1,0,1"],
         &["--dropout", "1"],
+        &["--attention-dropout", "1"],
+        &["--attention-dropout", "-0.1"],
+        &["--window", "16,1"],
+        &["--window", "-2,0"],
+        &["--window", "16"],
+        &["--softcap", "0"],
+        &["--softcap", "nan"],
+        &["--document-lengths", "1024,1024"],
+        &["--key-lengths", "100"],
         &["--learning-rate", "NaN"],
         &["--temperature", "0"],
         &["--sharding", "diagonal"],

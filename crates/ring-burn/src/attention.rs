@@ -1,20 +1,17 @@
 //! The modules: [`RingAttention`] (full attention) and [`DilatedAttention`] (LongNet's).
 
-#[cfg(feature = "cube")]
-use burn::backend::DispatchDevice;
 use burn::{
-    backend::Dispatch,
     config::Config,
-    module::Module,
-    tensor::{DType, Device, Tensor},
+    module::{Flag, Module, Param},
+    tensor::Tensor,
 };
-use ring_comm::buffer;
-use ring_core::{AttentionSpec, HeadOffsets, Mixing, Pattern, Shape};
+use ring_core::{HeadOffsets, Mixing, Pattern};
 
 use crate::{
+    computation::Attention,
     error::RingError,
-    op::{Job, RingAttentionOps},
     ring::Ring,
+    scores::{Scores, masked},
 };
 
 /// Output of an attention with its log-sum-exp.
@@ -34,6 +31,21 @@ pub struct RingAttentionConfig {
     pub causal: bool,
     /// Factor on the scores; `1/sqrt(head_dim)` if absent.
     pub scale: Option<f64>,
+    /// Sliding window: a query at position `n` sees keys from `n - left` to `n + right`; -1 is no bound. It counts positions,
+    /// not selected ones.
+    pub window: Option<(i64, i64)>,
+    /// Bound `c` on the scores: `S` becomes `c tanh(S / c)`.
+    pub softcap: Option<f64>,
+    /// ALiBi's slope of every query head: `S` becomes `S - slope |n - m|`, after the softcap. Constants, without gradient; see
+    /// [`alibi_slopes`](crate::alibi_slopes).
+    pub alibi_slopes: Option<Vec<f64>>,
+    /// Dropout of attention weights, in `[0, 1)`, active on autodiff devices while training. Which weights are dropped depends on
+    /// the ring's seed, `dropout_stream`, batch entry, head and positions alone.
+    #[config(default = 0.0)]
+    pub dropout: f64,
+    /// Tells the dropout of the layers of a model apart.
+    #[config(default = 0)]
+    pub dropout_stream: u32,
 }
 
 impl RingAttentionConfig {
@@ -49,12 +61,20 @@ impl RingAttentionConfig {
     /// The module.
     ///
     /// # Errors
-    /// [`RingError::Spec`] for a scale that is not a finite number.
+    /// [`RingError::Window`] for a window with a negative bound but -1; [`RingError::Spec`] for a window that reaches ahead
+    /// although the attention is causal, a scale or slope that is not a finite number, a softcap that is not positive, a
+    /// dropout outside `[0, 1)`.
     pub fn try_init(&self) -> Result<RingAttention, RingError> {
-        let pattern = Pattern::full();
+        let pattern = masked(Pattern::full(), self.causal, self.window)?;
         Ok(RingAttention {
-            attention: Attention::new(masked(pattern, self.causal), self.scale)?,
+            attention: Attention::new(pattern, self.scores())?,
+            training: Param::from_bool(true),
         })
+    }
+
+    fn scores(&self) -> Scores {
+        Scores::new(self.scale, self.softcap, self.alibi_slopes.as_deref())
+            .with_dropout(self.dropout, self.dropout_stream)
     }
 }
 
@@ -80,6 +100,8 @@ impl RingAttentionConfig {
 pub struct RingAttention {
     #[module(skip)]
     attention: Attention,
+    /// Whether dropout is permitted; switched off where a part of a model is frozen.
+    training: Param<Flag>,
 }
 
 /// Configuration of [`DilatedAttention`].
@@ -100,6 +122,21 @@ pub struct DilatedAttentionConfig {
     /// How branches are mixed.
     #[config(default = "Mixing::LongNet")]
     pub mixing: Mixing,
+    /// Sliding window: a query at position `n` sees keys from `n - left` to `n + right`; -1 is no bound. It counts positions,
+    /// not selected ones.
+    pub window: Option<(i64, i64)>,
+    /// Bound `c` on the scores: `S` becomes `c tanh(S / c)`.
+    pub softcap: Option<f64>,
+    /// ALiBi's slope of every query head: `S` becomes `S - slope |n - m|`, after the softcap. Constants, without gradient; see
+    /// [`alibi_slopes`](crate::alibi_slopes).
+    pub alibi_slopes: Option<Vec<f64>>,
+    /// Dropout of attention weights, in `[0, 1)`, active on autodiff devices while training. Which weights are dropped depends on
+    /// the ring's seed, `dropout_stream`, batch entry, head and positions alone.
+    #[config(default = 0.0)]
+    pub dropout: f64,
+    /// Tells the dropout of the layers of a model apart.
+    #[config(default = 0)]
+    pub dropout_stream: u32,
 }
 
 impl DilatedAttentionConfig {
@@ -115,15 +152,22 @@ impl DilatedAttentionConfig {
     /// The module.
     ///
     /// # Errors
-    /// [`RingError::Pattern`] for empty lists, lists of different length, zeros; [`RingError::Spec`] for a scale that is not
-    /// a finite number.
+    /// [`RingError::Pattern`] for empty lists, lists of different length, zeros; the others as
+    /// [`RingAttentionConfig::try_init`].
     pub fn try_init(&self) -> Result<DilatedAttention, RingError> {
         let pattern = Pattern::dilated(&self.segment_lengths, &self.dilation_rates)?
             .with_offsets(self.offsets)
             .with_mixing(self.mixing);
+        let pattern = masked(pattern, self.causal, self.window)?;
         Ok(DilatedAttention {
-            attention: Attention::new(masked(pattern, self.causal), self.scale)?,
+            attention: Attention::new(pattern, self.scores())?,
+            training: Param::from_bool(true),
         })
+    }
+
+    fn scores(&self) -> Scores {
+        Scores::new(self.scale, self.softcap, self.alibi_slopes.as_deref())
+            .with_dropout(self.dropout, self.dropout_stream)
     }
 }
 
@@ -149,6 +193,8 @@ impl DilatedAttentionConfig {
 pub struct DilatedAttention {
     #[module(skip)]
     attention: Attention,
+    /// Whether dropout is permitted; switched off where a part of a model is frozen.
+    training: Param<Flag>,
 }
 
 macro_rules! attention_module {
@@ -156,7 +202,7 @@ macro_rules! attention_module {
         impl $module {
             /// The pattern: which keys every query attends to.
             pub fn pattern(&self) -> &Pattern {
-                &self.attention.pattern
+                self.attention.pattern()
             }
 
             /// Attention of this rank's queries to all keys of the group.
@@ -210,7 +256,8 @@ macro_rules! attention_module {
                 value: Tensor<4>,
                 ring: &Ring,
             ) -> Result<AttentionOutput, RingError> {
-                self.attention.forward(query, key, value, ring)
+                self.attention
+                    .forward([query, key, value], self.training.is_enabled(), ring)
             }
         }
     };
@@ -218,170 +265,3 @@ macro_rules! attention_module {
 
 attention_module!(RingAttention);
 attention_module!(DilatedAttention);
-
-fn masked(pattern: Pattern, causal: bool) -> Pattern {
-    if causal { pattern.causal() } else { pattern }
-}
-
-/// What both modules are.
-#[derive(Clone, Debug)]
-struct Attention {
-    pattern: Pattern,
-    scale: Option<f32>,
-}
-
-impl Attention {
-    fn new(pattern: Pattern, scale: Option<f64>) -> Result<Self, RingError> {
-        let scale = scale.map(|scale| scale as f32);
-        if let Some(scale) = scale.filter(|scale| !scale.is_finite()) {
-            return Err(ring_core::SpecError::Scale(scale).into());
-        }
-        Ok(Self { pattern, scale })
-    }
-
-    fn forward(
-        &self,
-        query: Tensor<4>,
-        key: Tensor<4>,
-        value: Tensor<4>,
-        ring: &Ring,
-    ) -> Result<AttentionOutput, RingError> {
-        let job = self
-            .job(&query, &key, &value, ring)
-            .inspect_err(|error| ring.tell_others(error))?;
-        let (output, log_sum_exp) = Dispatch::ring_attention(
-            query.into_dispatch(),
-            key.into_dispatch(),
-            value.into_dispatch(),
-            job.clone(),
-        );
-        match job.failure() {
-            Some(error) => Err(error.into()),
-            None => Ok(AttentionOutput {
-                output: Tensor::from_dispatch(output),
-                log_sum_exp: Tensor::from_dispatch(log_sum_exp),
-            }),
-        }
-    }
-
-    /// Checks the tensors and plans the computation.
-    fn job(
-        &self,
-        query: &Tensor<4>,
-        key: &Tensor<4>,
-        value: &Tensor<4>,
-        ring: &Ring,
-    ) -> Result<Job, RingError> {
-        let named = [("query", query), ("key", key), ("value", value)];
-        for (what, tensor) in named {
-            check_device(what, tensor, &query.device())?;
-        }
-        if named
-            .iter()
-            .any(|(_, tensor)| tensor.device().is_autodiff() != query.device().is_autodiff())
-        {
-            return Err(RingError::MixedAutodiff);
-        }
-        let dtype = element_type(&named)?;
-        let shape = shape_of(query, key, value, ring)?;
-        let mut spec = AttentionSpec::new(self.pattern.clone(), shape, 0)?.with_dtype(dtype);
-        if let Some(scale) = self.scale {
-            spec = spec.with_scale(scale)?;
-        }
-        let spec = ring.spec(spec)?;
-        let plan = ring.plan(&spec)?;
-        Ok(Job::new(ring.clone(), plan))
-    }
-}
-
-/// Tensors must be where there are kernels, and all in one place.
-fn check_device(
-    what: &'static str,
-    tensor: &Tensor<4>,
-    of_query: &Device,
-) -> Result<(), RingError> {
-    let device = tensor.device();
-    if !has_kernels(&device) {
-        return Err(RingError::Backend {
-            what,
-            device: format!("{device:?}"),
-        });
-    }
-    if device != *of_query {
-        return Err(RingError::Device {
-            what,
-            got: format!("{device:?}"),
-            expected: format!("{of_query:?}"),
-        });
-    }
-    Ok(())
-}
-
-fn has_kernels(device: &Device) -> bool {
-    let device = device.clone().inner();
-    #[cfg(feature = "cube")]
-    if matches!(device.as_dispatch(), DispatchDevice::Cube(_)) {
-        return true;
-    }
-    device == Device::flex()
-}
-
-fn element_type(named: &[(&'static str, &Tensor<4>); 3]) -> Result<buffer::DType, RingError> {
-    let first = named[0].1.dtype();
-    for (what, tensor) in named {
-        let dtype = tensor.dtype();
-        if dtype != first || !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
-            return Err(RingError::DType {
-                what,
-                got: format!("{dtype:?}"),
-            });
-        }
-    }
-    Ok(match first {
-        DType::F16 => buffer::DType::F16,
-        DType::BF16 => buffer::DType::BF16,
-        _ => buffer::DType::F32,
-    })
-}
-
-fn shape_of(
-    query: &Tensor<4>,
-    key: &Tensor<4>,
-    value: &Tensor<4>,
-    ring: &Ring,
-) -> Result<Shape, RingError> {
-    let [batch, query_heads, queries, head_dim] = query.dims();
-    let [_, kv_heads, ..] = key.dims();
-    let wrong = |what, tensor: &Tensor<4>, expected: String| RingError::Shape {
-        what,
-        got: tensor.dims().to_vec(),
-        expected,
-    };
-    let rank = ring.rank();
-    if queries != ring.shard_len() {
-        let expected = format!(
-            "[batch, heads, {}, head_dim]: rank {rank} owns {} of {} positions",
-            ring.shard_len(),
-            ring.shard_len(),
-            ring.sequence_length()
-        );
-        return Err(wrong("query", query, expected));
-    }
-    let keys = [batch, kv_heads, ring.key_shard_len(), head_dim];
-    for (what, tensor) in [("key", key), ("value", value)] {
-        if tensor.dims() != keys {
-            let expected = format!(
-                "{keys:?}: batch and head size of the query, heads of the key, and the {} of {} keys that rank {rank} owns",
-                keys[2],
-                ring.key_length()
-            );
-            return Err(wrong(what, tensor, expected));
-        }
-    }
-    Ok(Shape {
-        batch,
-        query_heads,
-        kv_heads,
-        head_dim,
-    })
-}

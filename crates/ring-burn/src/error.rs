@@ -48,6 +48,16 @@ pub enum RingError {
     /// Tensors of which some are on an autodiff device and some are not.
     #[error("query, key and value must all be on an autodiff device, or all on a plain one")]
     MixedAutodiff,
+    /// A window with bounds that make no sense.
+    #[error(
+        "the window is {left},{right}; its bounds are numbers of positions, or -1 for no bound"
+    )]
+    Window {
+        /// How far before the query its first key stands.
+        left: i64,
+        /// How far after the query its last key stands.
+        right: i64,
+    },
     /// The configuration is at fault.
     #[error(transparent)]
     Pattern(#[from] PatternError),

@@ -43,10 +43,12 @@
 //! with [`sum_gradients`]; the `train` feature has a burn-train strategy that does so ([`RingStrategy`]).
 
 mod attention;
+mod computation;
 mod error;
 mod gradient;
 mod op;
 mod ring;
+mod scores;
 mod shard;
 #[cfg(feature = "train")]
 mod strategy;
@@ -63,9 +65,14 @@ pub use ring_comm::{
 };
 #[cfg(feature = "mpi")]
 pub use ring_comm::{Mpi, MpiError};
-pub use ring_core::{HeadOffsets, Mixing, Pattern, PatternError, Sharding, Span};
+pub use ring_core::{
+    Documents, HeadOffsets, Mask, Mixing, Pattern, PatternError, Sharding, Span, SpecError,
+};
+/// The generator behind all dropout.
+pub use ring_kernels::philox;
 #[cfg(feature = "cube")]
 pub use ring_kernels::{CubeBuffer, CubeDevice};
+pub use scores::alibi_slopes;
 pub use shard::{next_token_shard, positions_tensor, shard_slice, shard_tensor};
 #[cfg(feature = "train")]
 pub use strategy::{DataGroup, RingStrategy, SequenceItem};

@@ -13,7 +13,7 @@ mod memory;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::backend::{Backend, backend_extension, tensor::FloatTensor};
-use ring_core::Plan;
+use ring_core::{DropoutSeed, Plan};
 
 #[cfg(feature = "cube")]
 pub(crate) use self::memory::Site;
@@ -24,6 +24,8 @@ use crate::ring::Ring;
 pub(crate) struct Job {
     pub(crate) ring: Ring,
     pub(crate) plan: Arc<Plan>,
+    /// The same for the backward: it must drop what the forward dropped.
+    pub(crate) dropout: DropoutSeed,
     outcome: Arc<Mutex<Outcome>>,
 }
 
@@ -36,10 +38,11 @@ struct Outcome {
 }
 
 impl Job {
-    pub(crate) fn new(ring: Ring, plan: Arc<Plan>) -> Self {
+    pub(crate) fn new(ring: Ring, plan: Arc<Plan>, dropout: DropoutSeed) -> Self {
         Self {
             ring,
             plan,
+            dropout,
             outcome: Arc::default(),
         }
     }

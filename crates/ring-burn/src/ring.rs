@@ -7,7 +7,7 @@ use std::{
 };
 
 use ring_comm::{Communicator, buffer::HostBuffer};
-use ring_core::{AttentionSpec, Plan, Sharding, Span};
+use ring_core::{AttentionSpec, Documents, Plan, Sharding, Span};
 use ring_kernels::CpuKernels;
 #[cfg(feature = "cube")]
 use ring_kernels::{CubeBuffer, CubeDevice, CubeKernels, KernelError, cubecl::client::Client};
@@ -21,8 +21,8 @@ use std::sync::MutexGuard;
 /// Plans kept for reuse.
 const CACHED_PLANS: usize = 32;
 
-/// What a sequence-parallel module needs to know beside its inputs: the group, how sequences are sharded over it, how long the
-/// sequence at hand is. Cheap to clone.
+/// What a sequence-parallel module needs to know beside its inputs: the group, how sequences are sharded over it, and the batch
+/// at hand: how long its sequences are, which documents they consist of, where they end. Cheap to clone.
 ///
 /// ```
 /// use ring_burn::{Ring, Sharding};
@@ -38,6 +38,9 @@ pub struct Ring {
     key_sharding: Sharding,
     query_length: usize,
     key_length: usize,
+    query_offset: Option<i64>,
+    documents: Option<Documents>,
+    key_lengths: Option<Arc<[usize]>>,
     seed: u64,
     first_batch_entry: usize,
     plans: Arc<Mutex<Vec<Arc<Plan>>>>,
@@ -71,6 +74,9 @@ impl Ring {
             key_sharding: sharding,
             query_length: sequence_length,
             key_length: sequence_length,
+            query_offset: None,
+            documents: None,
+            key_lengths: None,
             seed: 0,
             first_batch_entry: 0,
             plans: Arc::default(),
@@ -109,16 +115,84 @@ impl Ring {
             query_length: sequence_length,
             key_length: sequence_length,
             key_sharding: self.query_sharding,
+            query_offset: None,
             ..self
         }
     }
 
     /// The same place, with keys and values of another sharding and length than the queries (cross-attention).
+    ///
+    /// Key `m` stands at position `m`. Where queries stand follows from the pattern, unless
+    /// [`with_query_offset`](Self::with_query_offset) says it: if keys after the query are hidden (causal, or a window that
+    /// reaches 0 positions ahead), the last query stands at the last key, so query `i` at position `i + keys - queries`, and
+    /// queries before position 0 see nothing; otherwise query `i` stands at position `i`.
+    ///
+    /// ```
+    /// use burn::tensor::{Device, Distribution, Tensor};
+    /// use ring_burn::{Ring, RingAttentionConfig, Sharding};
+    ///
+    /// let draw = |n| Tensor::<4>::random([1, 2, n, 8], Distribution::Default, &Device::flex());
+    /// let ring = Ring::single(10)?.with_keys(Sharding::Contiguous, 64);
+    /// // Ten queries that stand at the last ten of 64 keys.
+    /// let attention = RingAttentionConfig::new().with_causal(true).init();
+    /// let output = attention.forward(draw(10), draw(64), draw(64), &ring);
+    /// assert_eq!(output.dims(), [1, 2, 10, 8]);
+    /// # Ok::<(), ring_burn::RingError>(())
+    /// ```
     #[must_use]
     pub fn with_keys(self, sharding: Sharding, length: usize) -> Self {
         Self {
             key_sharding: sharding,
             key_length: length,
+            ..self
+        }
+    }
+
+    /// The same place, with query `i` at position `i + offset` among the keys: for queries that are a part of a sequence whose
+    /// keys are all there, say. Positions may be negative, and lie after the last key.
+    #[must_use]
+    pub fn with_query_offset(self, offset: i64) -> Self {
+        Self {
+            query_offset: Some(offset),
+            ..self
+        }
+    }
+
+    /// The same place, for a batch whose sequences are documents packed one after the other: a query sees keys of its own
+    /// document alone, in every attention that gets this ring. Positions stay those of the whole sequence.
+    ///
+    /// They belong to the batch at hand: one list of lengths for all its entries, or one for each
+    /// ([`Documents::per_entry`]); where a batch is a part of a larger one, those of the part. Attention refuses lengths that
+    /// do not add up to the number of keys, or lists for another number of entries. All ranks give the same.
+    ///
+    /// ```
+    /// use burn::tensor::{Device, Distribution, Tensor};
+    /// use ring_burn::{Documents, Ring, RingAttentionConfig};
+    ///
+    /// let draw = || Tensor::<4>::random([2, 4, 100, 16], Distribution::Default, &Device::flex());
+    /// let documents = Documents::per_entry(vec![vec![30, 70], vec![20, 20, 60]]);
+    /// let ring = Ring::single(100)?.with_documents(documents);
+    /// let output = RingAttentionConfig::new().init().forward(draw(), draw(), draw(), &ring);
+    /// assert_eq!(output.dims(), [2, 4, 100, 16]);
+    /// # Ok::<(), ring_burn::RingError>(())
+    /// ```
+    #[must_use]
+    pub fn with_documents(self, documents: Documents) -> Self {
+        Self {
+            documents: Some(documents),
+            ..self
+        }
+    }
+
+    /// The same place, for a batch with `lengths[entry]` keys in each entry: the keys at later positions are padding, which
+    /// nothing sees. Outputs of queries there are still computed.
+    ///
+    /// As with [`with_documents`](Self::with_documents), they belong to the batch at hand; attention refuses another number of
+    /// them than there are entries, and lengths beyond the number of keys.
+    #[must_use]
+    pub fn with_key_lengths(self, lengths: Vec<usize>) -> Self {
+        Self {
+            key_lengths: Some(lengths.into()),
             ..self
         }
     }
@@ -173,6 +247,26 @@ impl Ring {
     /// Length of the whole sequence of keys; that of the queries but in cross-attention.
     pub fn key_length(&self) -> usize {
         self.key_length
+    }
+
+    /// How keys and values are dealt out; as the queries but in cross-attention.
+    pub fn key_sharding(&self) -> Sharding {
+        self.key_sharding
+    }
+
+    /// The position of query 0, if it was given.
+    pub fn query_offset(&self) -> Option<i64> {
+        self.query_offset
+    }
+
+    /// The documents of the batch, if there are any.
+    pub fn documents(&self) -> Option<&Documents> {
+        self.documents.as_ref()
+    }
+
+    /// The number of keys of every batch entry, if there is padding.
+    pub fn key_lengths(&self) -> Option<&[usize]> {
+        self.key_lengths.as_deref()
     }
 
     /// The seed for dropout.
@@ -280,12 +374,22 @@ impl Ring {
         }
     }
 
-    /// A computation over this group.
+    /// A computation over this group, on the batch at hand.
     pub(crate) fn spec(&self, base: AttentionSpec) -> Result<AttentionSpec, RingError> {
-        Ok(base
-            .with_lengths(self.query_length, self.key_length)?
+        let mut spec = base.with_lengths(self.query_length, self.key_length)?;
+        if let Some(offset) = self.query_offset {
+            spec = spec.with_query_offset(offset);
+        }
+        spec = spec
             .sharded(self.query_sharding, self.world_size())?
-            .with_key_sharding(self.key_sharding))
+            .with_key_sharding(self.key_sharding);
+        if let Some(documents) = &self.documents {
+            spec = spec.with_documents(documents.clone())?;
+        }
+        if let Some(lengths) = &self.key_lengths {
+            spec = spec.with_key_lengths(lengths.to_vec())?;
+        }
+        Ok(spec)
     }
 
     /// This rank's plan for a computation; made once, then reused.

@@ -51,7 +51,8 @@ use worker::{Place, Worker, Workers};
 /// tensor of the whole sequence.
 pub trait SequenceItem: Clone + Send + 'static {
     /// The item for the rank that `ring` describes. `ring` has length 0: the item sets its own
-    /// ([`Ring::with_sequence_length`]), and a seed ([`Ring::with_seed`]) if the model has dropout.
+    /// ([`Ring::with_sequence_length`]), a seed ([`Ring::with_seed`]) if the model has dropout, and, of its own samples,
+    /// documents and padding ([`Ring::with_documents`], [`Ring::with_key_lengths`]) if there are any.
     #[must_use]
     fn on_rank(self, ring: &Ring) -> Self;
 

@@ -38,13 +38,24 @@ pub struct LongNetConfig {
     pub segment_lengths: Vec<usize>,
     /// Distance of selected positions, one number for each branch.
     pub dilation_rates: Vec<usize>,
+    /// Sliding window `(left, right)`: a position sees those from `left` before it on; `right` is 0 or -1, which are the same in
+    /// a causal model. `left` -1 is no bound.
+    pub window: Option<(i64, i64)>,
+    /// Bound `c` on the scores of all attentions: `S` becomes `c tanh(S / c)`.
+    pub softcap: Option<f64>,
+    /// Whether ALiBi's biases tell positions, in place of rotary ones (arXiv 2108.12409).
+    #[config(default = false)]
+    pub alibi: bool,
+    /// Dropout of attention weights, in `[0, 1)`.
+    #[config(default = 0.0)]
+    pub attention_dropout: f64,
     /// Dropout after attention and feed-forward, in `[0, 1)`.
     #[config(default = 0.0)]
     pub dropout: f64,
     /// MAGNETO's sub-layer norms.
     #[config(default = false)]
     pub sub_layer_norm: bool,
-    /// Base of the rotary positions.
+    /// Base of the rotary positions; not used with `alibi`.
     #[config(default = 10000.0)]
     pub rotary_base: f64,
 }
@@ -88,10 +99,14 @@ impl LongNetConfig {
         )
         .with_num_kv_heads(self.num_kv_heads)
         .with_causal(true)
+        .with_window(self.window)
+        .with_softcap(self.softcap)
+        .with_alibi(self.alibi)
+        .with_attention_dropout(self.attention_dropout)
         .with_dropout(self.dropout)
         .with_dropout_stream(layer as u32)
         .with_sub_layer_norm(self.sub_layer_norm)
-        .with_rotary_base(Some(self.rotary_base));
+        .with_rotary_base((!self.alibi).then_some(self.rotary_base));
         let feed_forward_dim = self.feed_forward_dim.unwrap_or(4 * self.embed_dim);
         LongNetBlockConfig::new(attention, feed_forward_dim)
     }

@@ -8,7 +8,7 @@ use burn::{
 };
 use ring_burn::{
     DilatedAttention, DilatedAttentionConfig, HeadOffsets, Mixing, Ring, RingAttention,
-    RingAttentionConfig, RingError,
+    RingAttentionConfig, RingError, alibi_slopes,
 };
 
 use crate::{dropout::PositionDropout, factory::AttentionKind, rotary::Rotary};
@@ -32,6 +32,17 @@ pub struct MultiheadDilatedAttentionConfig {
     /// Whether the projections have a bias.
     #[config(default = true)]
     pub bias: bool,
+    /// Sliding window `(left, right)`: a query at position `n` sees keys from `n - left` to `n + right`; -1 is no bound.
+    pub window: Option<(i64, i64)>,
+    /// Bound `c` on the scores: `S` becomes `c tanh(S / c)`.
+    pub softcap: Option<f64>,
+    /// Whether scores get ALiBi's biases, with the usual slopes ([`alibi_slopes`](ring_burn::alibi_slopes)). They tell positions,
+    /// so that rotary ones can be left out.
+    #[config(default = false)]
+    pub alibi: bool,
+    /// Dropout of attention weights, in `[0, 1)`.
+    #[config(default = 0.0)]
+    pub attention_dropout: f64,
     /// Dropout on the output, in `[0, 1)`.
     #[config(default = 0.0)]
     pub dropout: f64,
@@ -65,7 +76,8 @@ impl MultiheadDilatedAttentionConfig {
     ///
     /// # Errors
     /// [`RingError::Value`] for heads that do not divide, an odd head size with rotary positions, a dropout outside `[0, 1)`;
-    /// [`RingError::Pattern`] for bad lists.
+    /// [`RingError::Pattern`] for bad lists; [`RingError::Window`] and [`RingError::Spec`] as
+    /// [`RingAttentionConfig::try_init`](ring_burn::RingAttentionConfig::try_init).
     pub fn try_init(&self, device: &Device) -> Result<MultiheadDilatedAttention, RingError> {
         self.init_kind(AttentionKind::Auto, device)
     }
@@ -134,10 +146,16 @@ impl MultiheadDilatedAttentionConfig {
     }
 
     fn attention(&self) -> Result<Attention, RingError> {
+        let slopes = self.alibi.then(|| alibi_slopes(self.num_heads));
         if self.segment_lengths.is_empty() && self.dilation_rates.is_empty() {
             return Ok(Attention::Full(
                 RingAttentionConfig::new()
                     .with_causal(self.causal)
+                    .with_window(self.window)
+                    .with_softcap(self.softcap)
+                    .with_alibi_slopes(slopes)
+                    .with_dropout(self.attention_dropout)
+                    .with_dropout_stream(self.dropout_stream)
                     .try_init()?,
             ));
         }
@@ -148,6 +166,11 @@ impl MultiheadDilatedAttentionConfig {
                 .with_causal(self.causal)
                 .with_offsets(self.offsets)
                 .with_mixing(self.mixing)
+                .with_window(self.window)
+                .with_softcap(self.softcap)
+                .with_alibi_slopes(slopes)
+                .with_dropout(self.attention_dropout)
+                .with_dropout_stream(self.dropout_stream)
                 .try_init()?,
         ))
     }
@@ -284,6 +307,13 @@ impl MultiheadDilatedAttention {
                     ring.sequence_length()
                 ),
             });
+        }
+        let keys = (ring.key_sharding(), ring.key_length());
+        if keys != (ring.sharding(), ring.sequence_length()) || ring.query_offset().is_some() {
+            return Err(RingError::Value(
+                "self-attention has its keys where its queries are, but the ring has keys of another sharding or length, or a query offset"
+                    .into(),
+            ));
         }
         self.kind.check(ring)
     }

@@ -28,17 +28,21 @@ use ring_multihead::{
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
-fn model(dropout: f64) -> LongNet {
-    let device = Device::flex().autodiff();
+fn config() -> LongNetConfig {
     LongNetConfig::new(vec![16, 32, 64], vec![1, 2, 4])
         .with_embed_dim(32)
         .with_num_layers(2)
         .with_num_kv_heads(Some(2))
-        .with_dropout(dropout)
         .with_sub_layer_norm(true)
-        .try_init(&device)
-        .unwrap()
-        .materialize()
+}
+
+fn init(config: &LongNetConfig) -> LongNet {
+    let device = Device::flex().autodiff();
+    config.try_init(&device).unwrap().materialize()
+}
+
+fn model(dropout: f64) -> LongNet {
+    init(&config().with_dropout(dropout))
 }
 
 fn windows() -> TokenWindows {
@@ -91,8 +95,12 @@ fn assert_near(got: &[f32], expected: &[f32]) {
 #[test]
 fn loss_and_gradients_do_not_depend_on_the_number_of_ranks() {
     // With dropout too: it is keyed by global position.
-    for dropout in [0.0, 0.2] {
-        let model = model(dropout);
+    let masked = config()
+        .with_window(Some((40, 0)))
+        .with_softcap(Some(2.0))
+        .with_alibi(true)
+        .with_attention_dropout(0.3);
+    for model in [model(0.0), model(0.2), init(&masked)] {
         let (loss, gradients) = loss_and_gradients(&model, 1, Sharding::Contiguous);
         assert!(loss.is_finite() && gradients.iter().all(|x| x.is_finite()));
         for (ranks, sharding) in [
@@ -134,6 +142,54 @@ fn the_sharded_layer_equals_the_whole_one() {
     for part in parts {
         assert!(part.unwrap() < 1e-5);
     }
+}
+
+/// The options reach the attention: each of them changes the output, for full and for dilated attention.
+#[test]
+fn options_of_the_configuration_count() {
+    let device = Device::flex().autodiff();
+    let input = Tensor::<3>::random([1, 24, 16], Distribution::Default, &device);
+    let ring = Ring::single(24).unwrap();
+    for lengths in [vec![], vec![24]] {
+        let rates = vec![1; lengths.len()];
+        let plain = MultiheadDilatedAttentionConfig::new(16, 4, lengths, rates);
+        let base = plain.init(&device).materialize();
+        let output = |config: &MultiheadDilatedAttentionConfig| {
+            let layer = create_multihead_dilated_attention(AttentionKind::Auto, config, &device);
+            // The same weights: a record knows nothing of options.
+            let layer = layer.unwrap().load_record(base.clone().into_record());
+            layer.forward(input.clone(), &ring).into_data()
+        };
+        let expected = output(&plain);
+        assert_eq!(output(&plain), expected);
+        for changed in [
+            plain.clone().with_causal(true),
+            plain.clone().with_window(Some((3, 5))),
+            plain.clone().with_softcap(Some(0.01)),
+            plain.clone().with_alibi(true),
+            plain.clone().with_attention_dropout(0.5),
+        ] {
+            assert_ne!(output(&changed), expected, "{changed}");
+        }
+    }
+}
+
+#[test]
+fn self_attention_refuses_a_ring_for_cross_attention() {
+    let layer = MultiheadDilatedAttentionConfig::new(8, 2, vec![], vec![]).init(&Device::flex());
+    let input = Tensor::<3>::zeros([1, 6, 8], &Device::flex());
+    let ring = || Ring::single(6).unwrap();
+    for ring in [
+        ring().with_keys(Sharding::Contiguous, 7),
+        ring().with_keys(Sharding::Zigzag, 6),
+        ring().with_query_offset(2),
+    ] {
+        let error = layer.try_forward(input.clone(), &ring).unwrap_err();
+        assert!(error.to_string().contains("self-attention"), "{error}");
+    }
+    layer
+        .try_forward(input, &ring().with_key_lengths(vec![4]))
+        .unwrap();
 }
 
 #[test]
@@ -180,6 +236,10 @@ fn bad_sizes_are_refused() {
         good.clone().with_num_kv_heads(Some(3)),
         good.clone().with_dropout(1.0),
         good.clone().with_dropout(f64::NAN),
+        good.clone().with_attention_dropout(1.0),
+        good.clone().with_softcap(Some(0.0)),
+        good.clone().with_window(Some((-2, 0))),
+        good.clone().with_causal(true).with_window(Some((2, 1))),
         MultiheadDilatedAttentionConfig::new(12, 4, vec![8], vec![1]).with_rotary_base(Some(10.0)),
         good.clone().with_rotary_base(Some(0.0)),
     ] {

@@ -27,6 +27,7 @@ pub struct Input {
     query_length: usize,
     key_length: usize,
     gradient: bool,
+    alibi_slopes: Option<Vec<f32>>,
     source: Source,
 }
 
@@ -70,6 +71,9 @@ impl InputTensor {
 /// Names that an input may bear because it is also somebody's output.
 const RESULT_NAMES: [&str; 5] = ["out", "lse", "grad_q", "grad_k", "grad_v"];
 
+/// The tensor of ALiBi's slopes, `[query heads]`.
+const SLOPES: &str = "alibi_slopes";
+
 /// Longest header that safetensors allows.
 const MAX_HEADER: u64 = 100_000_000;
 
@@ -110,17 +114,17 @@ impl Input {
             query_length: length,
             key_length: length,
             gradient: options.backward,
+            alibi_slopes: None,
             source: Source::Random { seed: options.seed },
         })
     }
 
     fn from_file(path: &Path) -> Result<Self, Failure> {
         let (metadata, data_start) = read_header(path)?;
-        if metadata.info("alibi_slopes").is_some() {
-            return Err(Failure::Unsupported(
-                "tensor \"alibi_slopes\" (ALiBi biases)".to_string(),
-            ));
-        }
+        let alibi_slopes = metadata
+            .info(SLOPES)
+            .map(|info| read_slopes(path, info, data_start))
+            .transpose()?;
         let mut shapes = BTreeMap::new();
         let mut starts = BTreeMap::new();
         for tensor in InputTensor::ALL {
@@ -141,7 +145,8 @@ impl Input {
             }
         }
         let known = |name: &String| {
-            RESULT_NAMES.contains(&name.as_str())
+            name == SLOPES
+                || RESULT_NAMES.contains(&name.as_str())
                 || InputTensor::ALL.iter().any(|tensor| tensor.name() == name)
         };
         let unused = names(&metadata)
@@ -179,6 +184,7 @@ impl Input {
             query_length,
             key_length,
             gradient: shapes.contains_key(&InputTensor::GradOutput),
+            alibi_slopes,
             source: Source::File(InputFile {
                 path: path.to_path_buf(),
                 starts,
@@ -205,6 +211,11 @@ impl Input {
     /// Whether there is a gradient of the output.
     pub fn has_gradient(&self) -> bool {
         self.gradient
+    }
+
+    /// ALiBi's slopes, if the file has any.
+    pub fn alibi_slopes(&self) -> Option<&[f32]> {
+        self.alibi_slopes.as_deref()
     }
 
     /// Names of the file's tensors that mean nothing here.
@@ -360,6 +371,21 @@ fn names(metadata: &Metadata) -> Vec<String> {
 
 /// The four sizes of a tensor.
 fn checked_shape(path: &Path, name: &str, info: &TensorInfo) -> Result<[usize; 4], Failure> {
+    checked_sizes(
+        path,
+        name,
+        info,
+        "four sizes [batch, heads, length, head size]",
+    )
+}
+
+/// The sizes of an f32 tensor that should have so many of them.
+fn checked_sizes<const D: usize>(
+    path: &Path,
+    name: &str,
+    info: &TensorInfo,
+    expected: &str,
+) -> Result<[usize; D], Failure> {
     let bad =
         |what: String| Failure::Input(format!("tensor \"{name}\" of {} {what}", path.display()));
     if info.dtype != Dtype::F32 {
@@ -368,12 +394,11 @@ fn checked_shape(path: &Path, name: &str, info: &TensorInfo) -> Result<[usize; 4
             info.dtype
         )));
     }
-    let shape: [usize; 4] = info.shape.as_slice().try_into().map_err(|_| {
-        bad(format!(
-            "has shape {:?}, expected four sizes [batch, heads, length, head size]",
-            info.shape
-        ))
-    })?;
+    let shape: [usize; D] = info
+        .shape
+        .as_slice()
+        .try_into()
+        .map_err(|_| bad(format!("has shape {:?}, expected {expected}", info.shape)))?;
     let bytes = shape.into_iter().try_fold(4, usize::checked_mul);
     if bytes != info.data_offsets.1.checked_sub(info.data_offsets.0) {
         return Err(bad(format!(
@@ -382,6 +407,21 @@ fn checked_shape(path: &Path, name: &str, info: &TensorInfo) -> Result<[usize; 4
         )));
     }
     Ok(shape)
+}
+
+/// The slopes in a file whose data begin at `data_start`.
+fn read_slopes(path: &Path, info: &TensorInfo, data_start: u64) -> Result<Vec<f32>, Failure> {
+    let [_] = checked_sizes(path, SLOPES, info, "one size [query heads]")?;
+    let (first, end) = info.data_offsets;
+    let mut bytes = vec![0; end - first];
+    File::open(path)
+        .and_then(|mut file| {
+            file.seek(SeekFrom::Start(data_start + first as u64))?;
+            file.read_exact(&mut bytes)
+        })
+        .map_err(|error| Failure::Input(format!("cannot read {}: {error}", path.display())))?;
+    let (words, _) = bytes.as_chunks::<4>();
+    Ok(words.iter().map(|word| f32::from_le_bytes(*word)).collect())
 }
 
 /// Element `index` of a stream: uniform in (-sqrt 3, sqrt 3), so that the variance is 1.

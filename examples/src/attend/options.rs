@@ -6,7 +6,7 @@ use clap::Parser;
 use ring_comm::{TransportKind, buffer::DType};
 use ring_core::{AttentionSpec, Shape, Sharding};
 
-use super::Input;
+use super::{Input, ScoreOptions};
 use crate::{
     command_line::Failure,
     device::Device,
@@ -53,6 +53,15 @@ pub struct Options {
     )]
     pub scale: Option<f32>,
 
+    /// Position of query 0 among the keys [default: Nk - Nq if keys after the query are hidden, else 0]
+    #[arg(
+        long,
+        help_heading = "Computation",
+        value_name = "N",
+        allow_negative_numbers = true
+    )]
+    pub query_offset: Option<i64>,
+
     /// Element type of queries, keys, values and grad_out, which are rounded to it. Sums are f32 whatever it is; results are
     /// rounded to it once, at the end, and written as f32 (the log-sum-exp is not rounded).
     #[arg(long, help_heading = "Computation", value_name = "f32|bf16|f16", default_value = "f32", value_parser = parse_dtype)]
@@ -65,6 +74,10 @@ pub struct Options {
     /// Who owns which positions: contiguous, zigzag, striped or striped:SIZE.
     #[arg(long, help_heading = "Ranks", default_value = "contiguous")]
     pub sharding: Sharding,
+
+    /// Who owns which keys and values [default: as --sharding]
+    #[arg(long, help_heading = "Ranks", value_name = "SHARDING")]
+    pub key_sharding: Option<Sharding>,
 
     /// Threads that compute, per rank.
     #[arg(long, help_heading = "Ranks", value_name = "T", default_value_t = 1, value_parser = parse_threads)]
@@ -92,12 +105,17 @@ pub struct Options {
     /// The pattern.
     #[command(flatten)]
     pub pattern: PatternOptions,
+
+    /// What scores go through.
+    #[command(flatten)]
+    pub scores: ScoreOptions,
 }
 
 const FILES_AND_EXAMPLES: &str = "\
 Files:
-  Input, f32: q [B,Hq,Nq,D], k and v [B,Hkv,Nk,D], optional grad_out [B,Hq,Nq,D]. Hq is a multiple of Hkv. Query i stands at
-  position i, with --causal at position i + Nk - Nq. Tensors that bear the names of results are ignored.
+  Input, f32: q [B,Hq,Nq,D], k and v [B,Hkv,Nk,D], optional grad_out [B,Hq,Nq,D], optional alibi_slopes [Hq]. Hq is a multiple
+  of Hkv. Query i stands at position i, with --causal (or a window L,0) at position i + Nk - Nq, so that the last query stands at
+  the last key; --query-offset says it otherwise. Tensors that bear the names of results are ignored.
   Output, f32: out [B,Hq,Nq,D], lse [B,Hq,Nq] (-inf where a query sees no key), and with grad_out grad_q, grad_k, grad_v.
 
 Measurements (one JSON line):
@@ -115,6 +133,7 @@ Processes:
 Examples:
   attend --input in.safetensors --output out.safetensors --causal
   attend --input in.safetensors --output out.safetensors --segment-lengths 2048,4096 --dilation-rates 1,2 --ranks 4
+  attend --input in.safetensors --output out.safetensors --window 1023,0 --document-lengths 3000,5000,192
   attend --random 1,8,2,64K,64 --causal --ranks 4 --sharding zigzag --repeat 5 --backward
   mpirun -n 4 attend --input in.safetensors --output out.safetensors --causal";
 
@@ -164,22 +183,32 @@ impl Options {
     /// # Errors
     /// [`Failure::Input`] for sizes that do not fit together.
     pub fn spec(&self, input: &Input, ranks: usize) -> Result<AttentionSpec, Failure> {
-        let pattern = self.pattern.pattern()?;
-        let spec = AttentionSpec::new(pattern, input.shape(), 0)
+        let spec = AttentionSpec::new(self.pattern.pattern()?, input.shape(), 0)
             .and_then(|spec| spec.with_lengths(input.query_length(), input.key_length()))
+            .map(|spec| match self.query_offset {
+                Some(offset) => spec.with_query_offset(offset),
+                None => spec,
+            })
             .and_then(|spec| spec.sharded(self.sharding, ranks))
+            .and_then(|spec| self.pattern.masked(spec))
             .and_then(|spec| match self.scale {
                 Some(scale) => spec.with_scale(scale),
                 None => Ok(spec),
             })
-            .map_err(Failure::input)?;
-        Ok(spec.with_dtype(self.dtype))
+            .map_err(Failure::input)?
+            .with_key_sharding(self.key_sharding.unwrap_or(self.sharding))
+            .with_dtype(self.dtype);
+        self.scores.of(spec, input)
     }
 
     /// What no rank can see of another while they compute, but must be the same on all.
-    pub(super) fn unseen(&self) -> [(&'static str, String); 3] {
+    pub(super) fn unseen(&self) -> [(&'static str, String); 4] {
         [
             ("--seed", self.seed.to_string()),
+            (
+                "--dropout-seed",
+                self.scores.dropout_seed.unwrap_or(0).to_string(),
+            ),
             ("--output given", self.output.is_some().to_string()),
             ("--repeat", self.repeat.unwrap_or(1).to_string()),
         ]

@@ -8,7 +8,8 @@ use ring_comm::{
     collective::barrier,
 };
 use ring_core::{
-    AttentionSpec, Error, Gradients, Inputs, Output, Plan, Saved, Span, backward, forward,
+    AttentionSpec, DropoutSeed, Error, Gradients, Inputs, Output, Plan, Saved, Span, backward,
+    forward,
 };
 #[cfg(feature = "cube")]
 use ring_kernels::CubeKernels;
@@ -117,12 +118,12 @@ fn run_rank_on_device(
         let gpu = gpu.map_err(|failure| RankError::Tensor(failure.to_string()))?;
         if let Some((device, communicator)) = gpu {
             let kernels = CubeKernels::new(device)?;
-            let run = RankRun::new(&kernels, input, spec, communicator, start)?;
+            let run = RankRun::new(&kernels, options, input, spec, communicator, start)?;
             return run.repetitions(options);
         }
     }
     let kernels = CpuKernels::new(options.threads)?;
-    RankRun::new(&kernels, input, spec, communicator.clone(), start)?.repetitions(options)
+    RankRun::new(&kernels, options, input, spec, communicator.clone(), start)?.repetitions(options)
 }
 
 /// One rank's tensors and means.
@@ -136,12 +137,14 @@ struct RankRun<'a, C: Computer> {
     grad_output: Option<C::Buffer>,
     query_layout: RowLayout,
     key_layout: RowLayout,
+    dropout: DropoutSeed,
     start: Option<Instant>,
 }
 
 impl<'a, C: Computer> RankRun<'a, C> {
     fn new(
         computer: &'a C,
+        options: &Options,
         input: &Input,
         spec: &AttentionSpec,
         communicator: Communicator<C::Buffer>,
@@ -174,6 +177,7 @@ impl<'a, C: Computer> RankRun<'a, C> {
                 problem.head_dim,
             ),
             key_layout: RowLayout::contiguous(problem.kv_heads, problem.keys, problem.head_dim),
+            dropout: options.scores.seed(),
             plan,
             start,
         })
@@ -262,6 +266,7 @@ impl<'a, C: Computer> RankRun<'a, C> {
                 data: self.value.view(),
                 layout: &self.key_layout,
             },
+            dropout: self.dropout,
         }
     }
 

@@ -64,6 +64,10 @@ pub struct Options {
     #[arg(long, help_heading = "What to show", conflicts_with = "rank")]
     pub all: bool,
 
+    /// Compare the shardings also for more than 64 ranks, which may take minutes; with up to 64 they are always compared.
+    #[arg(long, help_heading = "What to show", conflicts_with = "rank")]
+    pub compare: bool,
+
     /// Print all numbers as JSON instead of a table.
     #[arg(long, help_heading = "What to show")]
     pub json: bool,
@@ -80,15 +84,22 @@ pub struct Options {
 const NOTES_AND_EXAMPLES: &str = "\
 Numbers:
   64K is 65,536, 1M is 1,048,576, 1e6 is 1,000,000. Bytes are in KiB, MiB, GiB (2^10, 2^20, 2^30); pairs in k, M, G, T (powers
-  of 1,000) count (query, key) pairs over all query heads of one batch entry.
+  of 1,000) count (query, key) pairs over all query heads and batch entries. Of the shardings the best is the one whose slowest
+  rank has fewest pairs.
   Backward bytes are the key/value rows once more, and the f32 gradients of the rows on their way home.
 
 Examples:
   plan --length 64K --ranks 4 --causal --sharding zigzag
+  plan --length 1M --ranks 64 --window 64K,0 --document-lengths 600K,400K,24K
   plan --length 1e9 --ranks 1024 --segment-lengths 2048,64K,2M,64M,1e9 --dilation-rates 1,32,1024,32768,1048576
   plan --length 1M --ranks 16 --segment-lengths 64K,256K,1M --dilation-rates 1,4,16 --svg plan.svg --rank 5";
 
 impl Options {
+    /// Whether the shardings are compared.
+    pub(super) fn compares(&self) -> bool {
+        self.rank.is_none() && (self.compare || (2..=COMPARED_RANKS).contains(&self.ranks))
+    }
+
     /// The computation they describe.
     ///
     /// # Errors
@@ -114,6 +125,7 @@ impl Options {
         let pattern = self.pattern.pattern()?;
         let spec = AttentionSpec::new(pattern, shape, self.length)
             .and_then(|spec| spec.sharded(self.sharding, self.ranks))
+            .and_then(|spec| self.pattern.masked(spec))
             .map_err(Failure::input)?
             .with_dtype(self.dtype);
         match self.rank {
@@ -125,6 +137,9 @@ impl Options {
         }
     }
 }
+
+/// Up to so many ranks shardings are compared without being asked for.
+const COMPARED_RANKS: usize = 64;
 
 /// Above this, products of sizes could leave 64 bits.
 const MAX_SIZE: usize = 1 << 16;

@@ -13,7 +13,7 @@ use plotters::{
     },
 };
 use rayon::prelude::*;
-use ring_core::{AttentionSpec, HeadOffsets, Mixing, Shape, SpecError};
+use ring_core::{AttentionSpec, HeadOffsets, Mask, Mixing, Shape, SpecError};
 
 use super::{
     pixels::{Pixel, PixelLine, branch_alone},
@@ -193,6 +193,14 @@ impl<'a> Picture<'a> {
             (pattern.mixing() == Mixing::HeadGroups, ", head groups"),
         ] {
             about.push_str(if holds { word } else { "" });
+        }
+        let Mask { left, right } = pattern.window();
+        if left.is_some() || right.is_some() {
+            let bound = |bound: Option<u64>| bound.map_or("-1".to_string(), |n| n.to_string());
+            about.push_str(&format!(", window {},{}", bound(left), bound(right)));
+        }
+        if self.spec.documents.is_some() {
+            about.push_str(", documents");
         }
         write(area, &about, (20, 48), 12, &FAINT, HPos::Left)
     }

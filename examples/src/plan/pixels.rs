@@ -1,6 +1,6 @@
 //! Which positions a rank attends to, as columns of a picture: as many as it is wide, however long the sequence.
 
-use ring_core::{AttentionSpec, Pattern, Plan, PlannedBlock, Shape, Source, Span, SpecError};
+use ring_core::{AttentionSpec, Mask, Pattern, Plan, PlannedBlock, Shape, Source, Span, SpecError};
 
 /// A line of a picture: what is in every column, if anything.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -168,9 +168,10 @@ pub(super) fn branch_alone(
         Some(length) => Pattern::dilated(&[length], &[rule.dilation_rate])?,
         None => Pattern::full(),
     };
+    let Mask { left, right } = spec.pattern.mask();
     // With cyclic offsets, head `offset` is the one with that offset.
     let alone = AttentionSpec {
-        pattern: pattern.with_mask(spec.pattern.mask()),
+        pattern: pattern.with_window(left, right),
         shape: Shape {
             query_heads: offset + 1,
             kv_heads: offset + 1,

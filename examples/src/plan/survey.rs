@@ -10,6 +10,8 @@ use ring_core::{AttentionSpec, CommunicationEstimate, MemoryEstimate, Plan, Span
 use ring_kernels::CpuKernels;
 use serde::{Deserialize, Serialize};
 
+use super::comparison::{Comparison, over_mean};
+
 /// The numbers of one rank.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RankSurvey {
@@ -19,7 +21,7 @@ pub struct RankSurvey {
     pub spans: Vec<Span>,
     /// How many positions it owns.
     pub tokens: usize,
-    /// (Query, key) pairs it computes, over all query heads of one batch entry.
+    /// (Query, key) pairs it computes, over all query heads and batch entries.
     pub pairs: u128,
     /// Bytes it sends and receives.
     pub communication: CommunicationEstimate,
@@ -98,6 +100,8 @@ pub struct Survey {
     pub totals: Option<Totals>,
     /// Slowest rank over mean; absent if one rank alone was planned.
     pub imbalance: Option<Imbalance>,
+    /// What every sharding costs; absent if they were not compared.
+    pub comparison: Option<Comparison>,
     /// The ranks that were planned.
     pub per_rank: Vec<RankSurvey>,
     /// The whole plan, if one rank alone was planned.
@@ -118,17 +122,18 @@ impl Survey {
             .collect::<Result<_, SpecError>>()?;
         progress.end();
         let totals = Totals::of(&per_rank);
-        let over_mean = |largest: f64, total: f64| match total {
-            0.0 => 1.0,
-            _ => largest * spec.world_size as f64 / total,
-        };
         let largest =
             |value: fn(&RankSurvey) -> f64| per_rank.iter().map(value).fold(0.0, f64::max);
         let imbalance = Imbalance {
-            pairs: over_mean(largest(|rank| rank.pairs as f64), totals.pairs as f64),
+            pairs: over_mean(
+                largest(|rank| rank.pairs as f64),
+                totals.pairs as f64,
+                spec.world_size,
+            ),
             forward_received: over_mean(
                 largest(|rank| rank.communication.forward_received as f64),
                 totals.forward_received as f64,
+                spec.world_size,
             ),
         };
         Ok(Self {
@@ -136,6 +141,17 @@ impl Survey {
             imbalance: Some(imbalance),
             per_rank,
             ..Self::header(spec, threads)
+        })
+    }
+
+    /// With what the other shardings would cost; all ranks must have been planned.
+    ///
+    /// # Errors
+    /// [`SpecError`] if the computation is not possible.
+    pub fn compared(self, spec: &AttentionSpec) -> Result<Self, SpecError> {
+        Ok(Self {
+            comparison: Some(Comparison::new(spec, &self)?),
+            ..self
         })
     }
 
@@ -180,6 +196,7 @@ impl Survey {
             plain_ring_received: others as u64 * heads * spec.row_bytes(),
             totals: None,
             imbalance: None,
+            comparison: None,
             per_rank: Vec::new(),
             plan: None,
         }

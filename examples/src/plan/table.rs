@@ -3,6 +3,7 @@
 use ring_core::{AttentionSpec, MemoryEstimate, Span};
 
 use super::{
+    comparison::Comparison,
     survey::{RankSurvey, Survey},
     units::{bytes, count, thousands, tokens},
 };
@@ -17,6 +18,9 @@ pub(super) fn render(spec: &AttentionSpec, survey: &Survey, all: bool) -> String
     let mut sections = vec![header(spec, survey), who_and_what(survey, all)];
     if survey.ranks > 1 {
         sections.push(what_travels(survey));
+    }
+    if let Some(comparison) = &survey.comparison {
+        sections.push(shardings(comparison));
     }
     sections.push(memory(survey));
     if let Some(plan) = &survey.plan {
@@ -40,6 +44,13 @@ fn header(spec: &AttentionSpec, survey: &Survey) -> String {
             model.batch, model.heads, model.kv_heads, model.head_dim, survey.dtype
         ),
     ];
+    if let Some(documents) = &spec.documents {
+        let numbers = (0..documents.lists()).map(|entry| documents.lengths(entry).len());
+        lines.push(format!("documents: {}", list(numbers)));
+    }
+    if let Some(lengths) = &spec.key_lengths {
+        lines.push(format!("key lengths: {}", list(lengths.iter().copied())));
+    }
     if let (Some(totals), Some(imbalance)) = (&survey.totals, survey.imbalance) {
         lines.push(format!(
             "work: {} pairs in all, {} per rank; imbalance (slowest / mean) {:.3}",
@@ -49,6 +60,15 @@ fn header(spec: &AttentionSpec, survey: &Survey) -> String {
         ));
     }
     lines.join("\n")
+}
+
+/// A number for each batch entry, or one for all.
+fn list(numbers: impl Iterator<Item = usize>) -> String {
+    let numbers: Vec<String> = numbers.map(thousands).collect();
+    match numbers.as_slice() {
+        [of_all] => of_all.clone(),
+        of_each => format!("{} (of each batch entry)", of_each.join("; ")),
+    }
 }
 
 /// A column of the table of ranks.
@@ -210,6 +230,21 @@ fn what_travels(survey: &Survey) -> String {
         aligned(&rows),
         bytes(survey.plain_ring_received)
     )
+}
+
+/// What every sharding costs.
+fn shardings(comparison: &Comparison) -> String {
+    let title = ["sharding", "slowest rank", "slowest / mean", "received fwd"];
+    let mut rows = vec![title.map(str::to_string).to_vec()];
+    rows.extend(comparison.shardings.iter().map(|cost| {
+        vec![
+            format!("  {}", cost.sharding),
+            format!("{} pairs", count(cost.slowest_pairs)),
+            format!("{:.3}", cost.imbalance),
+            bytes(cost.forward_received),
+        ]
+    }));
+    format!("{}\n  best: {}", aligned(&rows), comparison.best)
 }
 
 /// Memory of the rank that needs most.

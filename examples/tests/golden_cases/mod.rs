@@ -10,10 +10,7 @@ use std::{
 
 use clap::Parser;
 use half::{bf16, f16};
-use ring_core::{
-    DropoutSeed,
-    oracle::{OracleInput, attention},
-};
+use ring_core::oracle::{OracleInput, attention};
 use ring_examples::{
     attend::{self, Input, Options, Outcome},
     placement::Placement,
@@ -34,9 +31,6 @@ pub(crate) const ROUNDINGS: [(&str, Rounding); 2] = [
     ("bf16", |x| bf16::from_f32(x).to_f32()),
     ("f16", |x| f16::from_f32(x).to_f32()),
 ];
-/// Options of features that do not exist yet.
-const NOT_YET: [&str; 3] = ["--window", "--document-lengths", "--softcap"];
-
 /// A case of `golden/index.json`.
 #[derive(Deserialize)]
 pub(crate) struct Case {
@@ -55,11 +49,15 @@ impl Case {
 
     /// Some that differ much from one another.
     pub(crate) fn some_to_round() -> Vec<Self> {
-        const NAMES: [&str; 4] = [
+        const NAMES: [&str; 8] = [
             "full_gqa_causal",
             "dilated_1_2_4_causal",
             "head_groups_causal",
             "full_cross",
+            "window_both_sides",
+            "documents_causal",
+            "softcap",
+            "alibi_causal",
         ];
         let mut cases = Self::all();
         cases.retain(|case| NAMES.contains(&case.name.as_str()));
@@ -67,9 +65,13 @@ impl Case {
         cases
     }
 
-    /// What the oracle says of its input, rounded.
-    pub(crate) fn oracle(&self, round: Rounding) -> BTreeMap<&'static str, Vec<f32>> {
-        let options = self.request(&[]);
+    /// What the oracle says of its input, rounded, asked for with `more`.
+    pub(crate) fn oracle(
+        &self,
+        more: &[&str],
+        round: Rounding,
+    ) -> BTreeMap<&'static str, Vec<f32>> {
+        let options = self.request(more);
         let input = Input::open(&options).unwrap();
         let spec = options.spec(&input, options.ranks.unwrap_or(1)).unwrap();
         let tensors = read(&self.file());
@@ -85,7 +87,7 @@ impl Case {
                 value: &wide("v"),
                 grad_output: Some(&wide("grad_out")),
                 grad_log_sum_exp: None,
-                dropout: DropoutSeed::default(),
+                dropout: options.scores.seed(),
             },
         );
         let values = [
@@ -102,16 +104,6 @@ impl Case {
     /// Its input and its results.
     pub(crate) fn file(&self) -> PathBuf {
         golden(&format!("{}.safetensors", self.name))
-    }
-
-    /// Whether the program can do it yet.
-    pub(crate) fn is_supported(&self) -> bool {
-        let asks_for = |feature: &str| {
-            self.options
-                .iter()
-                .any(|option| option.starts_with(feature))
-        };
-        !NOT_YET.into_iter().any(asks_for) && !self.name.starts_with("alibi")
     }
 
     /// What the program is asked for, with `more`.

@@ -135,6 +135,7 @@ fn try_attention<M: Memory>(
         query: query.borrow(),
         key: key.borrow(),
         value: value.borrow(),
+        dropout: job.dropout,
     };
     forward(&site.kernels, &site.communicator, &job.plan, inputs)
 }
@@ -180,6 +181,7 @@ fn try_gradient<M: Memory>(
         query: query.borrow(),
         key: key.borrow(),
         value: value.borrow(),
+        dropout: job.dropout,
     };
     let output = M::flat(saved.output).map_err(refused)?;
     let log_sum_exp = M::flat(saved.log_sum_exp).map_err(refused)?;

@@ -8,6 +8,7 @@ use ring_comm::TransportKind;
 use ring_examples::{
     command_line::Failure,
     device::Device,
+    pattern_options::Window,
     placement::{MAX_RANKS, Placement, Wishes},
 };
 
@@ -64,6 +65,18 @@ pub(crate) struct Args {
     #[arg(long, value_delimiter = ',', default_value = "1,2,4")]
     pub(crate) dilation_rates: Vec<usize>,
 
+    /// Sliding window: a position sees those from L before it on, -1 is no bound; R is 0 or -1, since the model is causal
+    #[arg(long, value_name = "L,R", allow_hyphen_values = true)]
+    pub(crate) window: Option<Window>,
+
+    /// Bound on attention scores: S becomes C tanh(S/C)
+    #[arg(long, value_name = "C", allow_negative_numbers = true)]
+    pub(crate) softcap: Option<f64>,
+
+    /// Tell positions by ALiBi's biases in place of rotary embeddings
+    #[arg(long)]
+    pub(crate) alibi: bool,
+
     /// Size of the model's vectors
     #[arg(long, default_value_t = 128)]
     pub(crate) embed_dim: usize,
@@ -84,9 +97,18 @@ pub(crate) struct Args {
     #[arg(long)]
     pub(crate) feed_forward_dim: Option<usize>,
 
-    /// Dropout, in [0, 1)
+    /// Dropout after attention and feed-forward, in [0, 1)
     #[arg(long, default_value_t = 0.0)]
     pub(crate) dropout: f64,
+
+    /// Dropout of attention weights, in [0, 1)
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "P",
+        allow_negative_numbers = true
+    )]
+    pub(crate) attention_dropout: f64,
 
     /// Add MAGNETO's sub-layer norms
     #[arg(long)]
@@ -142,6 +164,8 @@ const EXAMPLES: &str = "\
 Examples:
   train                                        the defaults: 4 ranks, about three minutes on two cores
   train --data book.txt --ranks 2 --steps 300  another text, fewer ranks
+  train --segment-lengths 2048 --dilation-rates 1 --window 255,0 --alibi
+                                               a sliding window of 256 positions, with ALiBi
   train --resume 3 --ranks 8                   go on from the third checkpoint, on more ranks
   train --ranks 2 --data-parallel 2 --batch 4  two groups of two ranks, each with two sequences of every step
   mpirun -n 4 train                            ranks are processes; on several hosts, give all the same text
@@ -178,6 +202,12 @@ impl Args {
         }
         Pattern::dilated(&self.segment_lengths, &self.dilation_rates)
             .map_err(|error| error.to_string())?;
+        if !(0.0..1.0).contains(&self.attention_dropout) {
+            return Err(format!(
+                "--attention-dropout is {}, must be in [0, 1)",
+                self.attention_dropout
+            ));
+        }
         if !(self.learning_rate > 0.0 && self.learning_rate <= 1.0) {
             return Err(format!(
                 "--learning-rate is {}, must be above 0 and at most 1",
@@ -224,12 +254,21 @@ impl Args {
     pub(crate) fn unseen(&self) -> Vec<(&'static str, String)> {
         vec![
             ("--data-parallel", self.data_parallel.to_string()),
+            ("--window", format!("{:?}", self.bounds())),
+            ("--softcap", format!("{:?}", self.softcap)),
+            ("--alibi", self.alibi.to_string()),
             ("--dropout", self.dropout.to_string()),
+            ("--attention-dropout", self.attention_dropout.to_string()),
             ("--steps", self.steps.to_string()),
             ("--checkpoint-every", self.checkpoint_every.to_string()),
             ("--resume", format!("{:?}", self.resume)),
             ("--learning-rate", self.learning_rate.to_string()),
         ]
+    }
+
+    /// The bounds of the window, -1 for none.
+    pub(crate) fn bounds(&self) -> Option<(i64, i64)> {
+        self.window.map(Window::bounds)
     }
 
     /// Checkpoint intervals in all; the last may be shorter.

@@ -210,7 +210,11 @@ fn model_config(args: &Args) -> LongNetConfig {
         .with_num_kv_heads(args.kv_heads)
         .with_num_layers(args.layers)
         .with_feed_forward_dim(args.feed_forward_dim)
+        .with_window(args.bounds())
+        .with_softcap(args.softcap)
+        .with_alibi(args.alibi)
         .with_dropout(args.dropout)
+        .with_attention_dropout(args.attention_dropout)
         .with_sub_layer_norm(args.sub_layer_norm)
 }
 
