@@ -240,6 +240,8 @@ impl<S: Vectors, F: Format<S>, L: Left> Block<'_, S, F, L> {
         let left = self.left.rows::<MR>(row, depth);
         let (panel, _) = S::as_simd_f32s(self.panel).0.as_chunks::<PANEL_VECTORS>();
         let panel = &panel[..depth];
+        // No iterator, as above.
+        #[allow(clippy::needless_range_loop)]
         for k in 0..depth {
             let a = left.column(k);
             let b = panel[k];
