@@ -236,11 +236,15 @@ impl<S: Vectors, F: Format<S>, L: Left> Block<'_, S, F, L> {
                 }
             }
         }
-        let left = self.left.rows::<MR>(row, self.size.depth);
-        let width = panel_width::<S>();
-        for k in 0..self.size.depth {
+        let depth = self.size.depth;
+        let left = self.left.rows::<MR>(row, depth);
+        let (panel, _) = S::as_simd_f32s(self.panel).0.as_chunks::<PANEL_VECTORS>();
+        let panel = &panel[..depth];
+        // No iterator, as above.
+        #[allow(clippy::needless_range_loop)]
+        for k in 0..depth {
             let a = left.column(k);
-            let (b, _) = S::as_simd_f32s(&self.panel[k * width..(k + 1) * width]);
+            let b = panel[k];
             for i in 0..MR {
                 let a = simd.splat_f32s(a[i]);
                 for j in 0..NV {
