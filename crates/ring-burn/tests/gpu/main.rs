@@ -1,6 +1,8 @@
 //! The Burn modules on a GPU backend: on wgpu's CPU adapter (Mesa's lavapipe), with Burn's fusion if that is compiled in.
 
 mod devices;
+#[path = "../judged/mod.rs"]
+mod judged;
 mod random;
 
 use std::time::Duration;
@@ -38,4 +40,19 @@ fn distance(got: &[f32], expected: &[f64]) -> f64 {
         norm += expected.powi(2);
     }
     error.sqrt() / norm.sqrt().max(1e-12)
+}
+
+#[test]
+fn everything_together_is_what_the_oracle_says() {
+    judged::everything_together(&gpu());
+}
+
+#[test]
+fn cross_attention_is_what_the_oracle_says() {
+    judged::cross_attention(&gpu());
+}
+
+#[test]
+fn what_is_dropped_is_what_the_processor_drops() {
+    judged::dropped_weights(&gpu());
 }

@@ -10,7 +10,7 @@ use ring_burn::{
     RingAttentionConfig, RingError, Sharding,
 };
 use ring_core::{
-    AttentionSpec, Pattern, Shape,
+    AttentionSpec, DropoutSeed, Pattern, Shape,
     oracle::{OracleInput, OracleOutput, attention},
 };
 
