@@ -286,12 +286,32 @@ impl<B: Buffer> Communicator<B> {
         value: u64,
     ) -> Result<u64, CommError> {
         let terms = Terms::new(topic, fields).encode();
-        let hash = Fnv1a::of(&terms);
-        if let Some(known) = self.agreement(hash) {
-            return Ok(known.largest);
+        match self.agreement(Fnv1a::of(&terms)) {
+            Some(known) => Ok(known.largest),
+            None => self.agree_on_terms(&terms, value),
         }
-        let largest = self.compare(&terms, hash, value)?;
-        self.remember(Agreement { hash, largest });
+    }
+
+    /// As [`agree_once_on_largest`](Self::agree_once_on_largest), but compares even what the ranks agreed on before: for what may
+    /// differ from call to call, where a rank that is a call behind would come with something that was right then.
+    ///
+    /// # Errors
+    /// As [`agree_once`](Self::agree_once).
+    pub fn agree_anew_on_largest(
+        &self,
+        topic: &str,
+        fields: &[(String, String)],
+        value: u64,
+    ) -> Result<u64, CommError> {
+        self.agree_on_terms(&Terms::new(topic, fields).encode(), value)
+    }
+
+    fn agree_on_terms(&self, terms: &[u8], value: u64) -> Result<u64, CommError> {
+        let hash = Fnv1a::of(terms);
+        let largest = self.compare(terms, hash, value)?;
+        if self.agreement(hash).is_none() {
+            self.remember(Agreement { hash, largest });
+        }
         Ok(largest)
     }
 

@@ -157,11 +157,12 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
         dropout: DropoutSeed,
         of_forward: Option<u64>,
     ) -> Result<Self, Error> {
-        let capacity = check_plan(communicator, plan)?;
-        let (pass, operation) = match of_forward {
-            None => (Pass::Forward, communicator.next_operation()),
-            Some(operation) => (Pass::Backward, operation),
+        let pass = match of_forward {
+            None => Pass::Forward,
+            Some(_) => Pass::Backward,
         };
+        let capacity = check_plan(communicator, plan, pass)?;
+        let operation = of_forward.unwrap_or_else(|| communicator.next_operation());
         communicator.buffers().begin();
         let spec = plan.spec();
         let mut problem = plan.problem();

@@ -312,6 +312,7 @@ impl<B: Buffer, K: Kernels<B>> Exchanger<'_, B, K> {
 pub(crate) fn check_plan<B: Buffer>(
     communicator: &Communicator<B>,
     plan: &Plan,
+    pass: Pass,
 ) -> Result<usize, Error> {
     let (rank, ranks) = (communicator.rank(), communicator.world_size());
     if (plan.rank(), plan.spec().world_size) != (rank, ranks) {
@@ -327,8 +328,11 @@ pub(crate) fn check_plan<B: Buffer>(
     let largest = plan.schedule().largest_message() as u64;
     let (fields, details) = (plan.spec().fields(), Details::default());
     communicator
-        .timed(Activity::Wait, "compare plans", details, || {
-            communicator.agree_once_on_largest("attention", &fields, largest)
+        .timed(Activity::Wait, "compare plans", details, || match pass {
+            Pass::Forward if plan.spec().is_of_one_batch() => {
+                communicator.agree_anew_on_largest("attention", &fields, largest)
+            }
+            _ => communicator.agree_once_on_largest("attention", &fields, largest),
         })
         .map(|largest| largest as usize)
         .map_err(|source| Error::Comm {

@@ -52,7 +52,7 @@ pub enum SpecError {
         /// The batch entry.
         entry: usize,
         /// The sum of their lengths.
-        total: u128,
+        total: usize,
         /// The number of keys.
         key_length: usize,
     },
@@ -136,7 +136,7 @@ pub struct Shape {
 /// One attention computation over a group: pattern, lengths, shardings, shape, element type.
 ///
 /// Everything follows from it: the plan of every rank, the bytes that travel, the memory each rank needs. All ranks compare
-/// it before their first exchange.
+/// it before their first exchange, and before every one if it has documents or key lengths.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AttentionSpec {
     /// Which keys every query attends to.
@@ -384,8 +384,8 @@ impl AttentionSpec {
             }
             for entry in 0..got {
                 let lengths = documents.lengths(entry).iter();
-                let total = lengths.map(|&length| length as u128).sum();
-                if total != key_length as u128 {
+                let total = lengths.fold(0, |sum: usize, &length| sum.saturating_add(length));
+                if total != key_length {
                     return Err(SpecError::DocumentLengths {
                         entry,
                         total,
@@ -476,6 +476,12 @@ impl AttentionSpec {
                 dropout: None,
             },
         }
+    }
+
+    /// Whether it holds for one batch alone, because of its documents or padding. Ranks compare such computations in every forward
+    /// pass: one whose batch is another than its peers' would come with what was right before.
+    pub(crate) fn is_of_one_batch(&self) -> bool {
+        self.documents.is_some() || self.key_lengths.is_some()
     }
 
     /// Bytes of one key row and one value row of one head: what one selected row costs on the wire.

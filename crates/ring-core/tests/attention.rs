@@ -668,6 +668,34 @@ fn every_field_of_the_computation_is_compared() {
 }
 
 #[test]
+fn a_rank_that_is_a_batch_behind_is_told_at_once() {
+    let batch = |lengths: &[usize]| {
+        spec(Pattern::full(), 30, Sharding::Contiguous, 3)
+            .with_documents(Documents::new(lengths.to_vec()))
+            .unwrap()
+    };
+    let (first, second) = (batch(&[10, 20]), batch(&[25, 5]));
+    let whole = Whole::random(&first);
+    let results = Loopback::run(3, DEADLINE, |endpoint| {
+        let communicator = Communicator::new(Arc::new(endpoint));
+        run_rank(&first, &whole, &communicator, 1).unwrap();
+        let mine = match communicator.rank() {
+            1 => &first,
+            _ => &second,
+        };
+        run_rank(mine, &whole, &communicator, 1).err().unwrap()
+    });
+    for error in results {
+        let Ok(Error::Comm { source, .. }) = error else {
+            panic!("not a communication error")
+        };
+        assert_eq!(source.culprit(), 1);
+        let text = source.to_string();
+        assert!(text.contains("documents = 10,20"), "{text}");
+    }
+}
+
+#[test]
 fn tensors_of_another_type_than_planned_are_refused_and_the_peers_told() {
     let spec = spec(Pattern::full(), 16, Sharding::Contiguous, 2);
     let results = Loopback::run::<HostBuffer, _>(2, DEADLINE, |endpoint| {
