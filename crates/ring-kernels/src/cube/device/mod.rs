@@ -10,9 +10,12 @@
 #![allow(missing_docs)]
 
 pub(super) mod attention;
+pub(super) mod dropout;
 pub(super) mod elements;
 pub(super) mod gradients;
 pub(super) mod index;
 pub(super) mod matrix;
 pub(super) mod messages;
+pub(super) mod quads;
+pub(super) mod scores;
 pub(super) mod tile;

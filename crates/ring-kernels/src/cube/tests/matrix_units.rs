@@ -59,7 +59,7 @@ fn every_size_around_the_borders_of_tiles_matches_the_oracle() {
             let mut case = full(problem(1, (1, 1), 16, (queries, keys)));
             case.dtype = DType::F16;
             check(&case);
-            case.problem.mask = Mask::Causal;
+            case.problem.mask = Mask::CAUSAL;
             check(&case);
         }
     }
@@ -81,7 +81,7 @@ fn strided_and_shared_rows_match_the_oracle() {
         Order::Bordered(3),
         Order::Bordered(8),
     ] {
-        for mask in [Mask::None, Mask::Causal] {
+        for mask in [Mask::NONE, Mask::CAUSAL] {
             let mut case = tangled(problem(2, (4, 2), 48, (150, 140)));
             case.problem.mask = mask;
             case.order = order;
@@ -117,10 +117,8 @@ fn calls_may_mix_matrix_units_and_plain_kernels() {
     let blocks = case.blocks[0].blocks.iter();
     let hops: Vec<Vec<HeadBlocks>> = blocks
         .map(|&block| {
-            vec![HeadBlocks {
-                kv_heads: vec![0, 1],
-                blocks: vec![block],
-            }]
+            let heads = vec![0, 1];
+            vec![on_every_entry(&case.problem, heads, vec![block])]
         })
         .collect();
     let hops: Vec<&[HeadBlocks]> = hops.iter().map(Vec::as_slice).collect();
@@ -149,7 +147,7 @@ fn rows_without_keys_are_zero_and_never_nan() {
     let problem = causal(problem(1, (1, 1), 16, (80, 40)));
     // The first 30 queries stand before every key; the last 10 are in no block.
     let block = (at(rows(0, 1, 70), -30, 1), rows(0, 1, 40));
-    let mut case = Case::new(problem, on_all_heads(&problem, &[block]));
+    let mut case = Case::new(problem.clone(), on_all_heads(&problem, &[block]));
     case.dtype = DType::F16;
     let computed = check(&case);
     let log_sum_exp = computed.log_sum_exp.as_f32().unwrap();
@@ -167,7 +165,7 @@ fn rows_without_keys_are_zero_and_never_nan() {
 fn queries_that_see_nothing_contribute_nothing_whatever_they_hold() {
     let problem = causal(problem(1, (1, 1), 32, (80, 40)));
     let block = (at(rows(0, 1, 80), -30, 1), rows(0, 1, 40));
-    let mut case = Case::new(problem, on_all_heads(&problem, &[block]));
+    let mut case = Case::new(problem.clone(), on_all_heads(&problem, &[block]));
     case.dtype = DType::F16;
     let clean = case.run(&OnDevice::new()).unwrap();
     case.poisoned = 30;
