@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::masks::{all_scores, check_dropped, far_rows, with_entries};
 use super::on_device::OnDevice;
 use super::*;
 
@@ -207,6 +208,87 @@ fn long_rows_stay_accurate() {
     let mut case = full(problem(1, (1, 1), 16, (48, 4096)));
     case.dtype = DType::F16;
     check(&case);
+}
+
+/// A window, entries with blocks of their own, softcap, slopes and dropout.
+fn all_at_once(head_dim: usize, dtype: DType) -> Case {
+    let mut case = with_entries(tangled(problem(3, (4, 2), head_dim, (150, 140))));
+    case.problem.mask = Mask {
+        left: Some(60),
+        right: Some(30),
+    };
+    case.problem.scores = all_scores(4);
+    case.output_scale = 1.0 / 0.7;
+    case.dtype = dtype;
+    case
+}
+
+#[test]
+fn all_at_once_matches_the_oracle() {
+    for (head_dim, dtype) in [
+        (16, DType::F16),
+        (64, DType::BF16),
+        (128, DType::F16),
+        (144, DType::BF16),
+    ] {
+        check(&all_at_once(head_dim, dtype));
+    }
+}
+
+#[test]
+fn all_at_once_gives_the_same_bits_every_time() {
+    let case = all_at_once(64, DType::BF16);
+    let once = case.run(&OnDevice::new()).unwrap();
+    use cuda_emulator::Order::{Descending, Random};
+    for order in [Descending, Random { seed: 7 }] {
+        let device = CubeDevice::new(cuda_emulator::client_with_order(order));
+        let again = case.run(&OnDevice::of(device)).unwrap();
+        assert_eq!(again, once, "{order:?}");
+    }
+}
+
+#[test]
+fn windows_match_the_oracle() {
+    for (head_dim, dtype) in [(64, DType::F16), (128, DType::BF16)] {
+        for (left, right) in [
+            (Some(0), Some(0)),
+            (Some(40), Some(0)),
+            (Some(70), None),
+            (Some(9), Some(130)),
+        ] {
+            let mut case = full(problem(1, (2, 1), head_dim, (300, 280)));
+            case.problem.mask = Mask { left, right };
+            case.dtype = dtype;
+            check(&case);
+        }
+    }
+}
+
+#[test]
+fn softcap_and_slopes_alone_match_the_oracle() {
+    for dtype in HALVES {
+        let mut case = tangled(causal(problem(1, (4, 2), 32, (150, 140))));
+        let Scores {
+            softcap,
+            alibi_slopes,
+            ..
+        } = all_scores(4);
+        case.dtype = dtype;
+        match dtype {
+            DType::F16 => case.problem.scores.softcap = softcap,
+            _ => case.problem.scores.alibi_slopes = alibi_slopes,
+        }
+        check(&case);
+    }
+}
+
+#[test]
+fn dropped_are_the_weights_that_the_definition_drops() {
+    for (size, dtype) in [(64, DType::F16), (128, DType::BF16)] {
+        for (branch, (queries, keys)) in (0..).zip(far_rows(size)) {
+            check_dropped(dtype, queries, keys, 16_000 * branch);
+        }
+    }
 }
 
 proptest! {
