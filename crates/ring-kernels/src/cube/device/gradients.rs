@@ -162,9 +162,7 @@ pub(crate) fn query_gradients<F: Float, N: Size>(
             #[unroll]
             for i in 0..comptime!(tiling.score_rows()) {
                 let row = score_place.row + comptime!(i * score_row_step(tiling));
-                let at = row * comptime!(tiling.score_stride()) + score_place.quad;
                 let mut quad = quad_of(&scores, i);
-                let mut grads = quad_of(&grad_weights, i);
                 let mut factors = Quad::new(1.0f32);
                 let pairs = Pairs {
                     record: work.record,
@@ -177,16 +175,17 @@ pub(crate) fn query_gradients<F: Float, N: Size>(
                     quad = scored.values;
                     factors = scored.derivatives;
                 }
+                let weights = (quad - Quad::new(log_sum_exps[row])).exp();
+                let mut grads = quad_of(&grad_weights, i);
                 if comptime!(options.dropout) {
                     let dropping = dropping(table, &work, work.head);
                     grads *= kept(table, &pairs, &dropping, apart, rows_are);
                 }
-                let weights = (quad - Quad::new(log_sum_exps[row])).exp();
                 let mut gradient = weights * (grads - Quad::new(deltas[row]));
                 if comptime!(options.softcap) {
                     gradient *= factors;
                 }
-                grad_scores[at] = gradient;
+                grad_scores[row * comptime!(tiling.score_stride()) + score_place.quad] = gradient;
             }
         }
         sync_cube();
@@ -405,7 +404,6 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
                 let row = score_place.row + comptime!(i * score_row_step(tiling));
                 let at = row * comptime!(tiling.score_stride()) + score_place.quad;
                 let mut quad = quad_of(&scores, i);
-                let mut grads = quad_of(&grad_weights, i);
                 let mut factors = Quad::new(1.0f32);
                 let pairs = Pairs {
                     record: work.record,
@@ -420,6 +418,7 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
                 }
                 let own_weights = (quad - log_sum_exps).exp();
                 weights[at] = own_weights;
+                let mut grads = quad_of(&grad_weights, i);
                 if comptime!(options.dropout) {
                     let dropping = dropping(table, &work, head);
                     let kept = kept(table, &pairs, &dropping, apart, rows_are);

@@ -36,8 +36,22 @@ fn tolerance(case: &Case) -> f64 {
     match case.dtype {
         DType::F16 if by_matrix_units => 2e-3,
         DType::BF16 if by_matrix_units => 1e-2,
-        _ => TOLERANCE,
+        _ => TOLERANCE.max(f64::from(f32::EPSILON) * largest_bias(case)),
     }
+}
+
+/// The most that ALiBi takes from a score: weights inherit the rounding of a score of that size, and of a log-sum-exp.
+fn largest_bias(case: &Case) -> f64 {
+    let slopes = case.problem.scores.alibi_slopes.iter();
+    let slope = slopes
+        .flat_map(|all| all.iter())
+        .fold(0f32, |a, b| a.max(b.abs()));
+    let blocks = case.blocks.iter().flat_map(|of| &of.blocks);
+    let distances = blocks.map(|Block { queries, keys, .. }| {
+        let end = |rows: &Rows| rows.position(rows.count);
+        (end(queries) - keys.first_position).max(end(keys) - queries.first_position)
+    });
+    f64::from(slope) * distances.max().unwrap_or(0) as f64
 }
 
 #[test]
