@@ -115,10 +115,10 @@ fn tanh(x: f32) -> f32 {
     // Near 0 a polynomial: the coefficients are those of Cephes' tanhf.
     let square = x * x;
     let polynomial =
-        (((square * -5.704_988_7e-3f32 + 2.063_908_9e-2f32) * square - 5.373_971_6e-2f32) * square
+        (((square * -5.704_988_7e-3f32 + 2.063_909e-2f32) * square - 5.373_971_6e-2f32) * square
             + 1.333_144_2e-1f32)
             * square
-            - 3.333_328_2e-1f32;
+            - 3.333_328e-1f32;
     let near = x + x * square * polynomial;
     let power = (size * -2.0f32).exp();
     let far = (1.0f32 - power) / (1.0f32 + power);

@@ -227,7 +227,7 @@ fn pair_if_kept(
     #[comptime] h: usize,
     #[comptime] column: usize,
 ) -> Vector<f32, Pair> {
-    if comptime!(kept.len() > 0) {
+    if comptime!(kept.len() == 1) {
         let mut both = Vector::<f32, Pair>::empty();
         #[unroll]
         for i in 0..2usize {

@@ -111,7 +111,7 @@ pub(crate) fn if_kept(
     #[comptime] column: usize,
     number: f32,
 ) -> f32 {
-    if comptime!(kept.len() > 0) {
+    if comptime!(kept.len() == 1) {
         choose(
             kept.index(0usize)[h] & comptime!(1u32 << column) != 0,
             number,
