@@ -7,7 +7,7 @@ use super::buffer::{CubeBuffer, CubeView};
 use super::device::matrix::key_gradients::Gradients;
 use super::device::matrix::work::Tiling as MatrixTiling;
 use super::device::{elements, gradients, matrix};
-use super::forward::{records, row_numbers};
+use super::forward::{Work, row_numbers};
 use super::launch::Launcher;
 use super::path::{Kernel, MOST_OF_BOTH_GRADIENTS};
 use super::source::{Placed, f32_view, f32s, key_value, key_value_gradient, query_tensor, width};
@@ -168,11 +168,12 @@ impl Backward<'_> {
             launcher, problem, ..
         } = self;
         let element = launcher.device.element(self.query.buffer.dtype())?;
-        let depth = problem.batch * problem.group_size();
+        let work = Work::new(problem, self.blocks, |block| block.queries)?;
+        let depth = work.entries * problem.group_size();
         let cube_rows = tiling.cube_rows();
-        for records in records(problem, self.blocks, |block| block.queries)? {
+        for records in &work.waves {
             let rows = |record: &Record| record[QUERY_COUNT];
-            for launch in launcher.rows_of_records(table, &records, depth, cube_rows, rows)? {
+            for launch in launcher.rows_of_records(table, records, depth, cube_rows, rows)? {
                 matrix::query_gradients::query_gradients::launch(
                     launcher.device.client(),
                     launch.cubes,
@@ -190,6 +191,7 @@ impl Backward<'_> {
                     self.output_scale,
                     f32::NEG_INFINITY,
                     tiling,
+                    work.options,
                     element,
                 );
             }
@@ -209,11 +211,10 @@ impl Backward<'_> {
         } else {
             &[Gradients::Values, Gradients::Keys]
         };
-        for records in records(problem, self.blocks, |block| block.keys)? {
+        let work = Work::new(problem, self.blocks, |block| block.keys)?;
+        for records in &work.waves {
             let rows = |record: &Record| record[KEY_COUNT];
-            for launch in
-                launcher.rows_of_records(table, &records, problem.batch, cube_rows, rows)?
-            {
+            for launch in launcher.rows_of_records(table, records, work.entries, cube_rows, rows)? {
                 for &gradients in gradients {
                     matrix::key_gradients::key_gradients::launch(
                         launcher.device.client(),
@@ -234,6 +235,7 @@ impl Backward<'_> {
                         f32::NEG_INFINITY,
                         tiling,
                         gradients,
+                        work.options,
                         element,
                     );
                 }
@@ -249,12 +251,13 @@ impl Backward<'_> {
         } = self;
         let element = launcher.device.element(self.query.buffer.dtype())?;
         let width = self.width(&[grad_query]);
-        let needs = tiling::QUERY_GRADIENTS;
+        let work = Work::new(problem, self.blocks, |block| block.queries)?;
+        let needs = tiling::QUERY_GRADIENTS.with_bounds(work.options.bounds());
         let tiling = Tiling::new(needs, problem.head_dim, width, launcher.room_of_cube())?;
-        let depth = problem.batch * problem.group_size();
-        for records in records(problem, self.blocks, |block| block.queries)? {
+        let depth = work.entries * problem.group_size();
+        for records in &work.waves {
             let rows = |record: &Record| record[QUERY_COUNT];
-            for launch in launcher.rows_of_records(table, &records, depth, tiling.rows, rows)? {
+            for launch in launcher.rows_of_records(table, records, depth, tiling.rows, rows)? {
                 gradients::query_gradients::launch(
                     launcher.device.client(),
                     launch.cubes,
@@ -272,6 +275,7 @@ impl Backward<'_> {
                     self.output_scale,
                     f32::NEG_INFINITY,
                     tiling,
+                    work.options,
                     element,
                 );
             }
@@ -286,12 +290,13 @@ impl Backward<'_> {
         } = self;
         let element = launcher.device.element(self.query.buffer.dtype())?;
         let width = self.width(&[self.grad_key.buffer, self.grad_value.buffer]);
-        let needs = tiling::KEY_GRADIENTS;
+        let work = Work::new(problem, self.blocks, |block| block.keys)?;
+        let needs = tiling::KEY_GRADIENTS.with_bounds(work.options.bounds());
         let tiling = Tiling::new(needs, problem.head_dim, width, launcher.room_of_cube())?;
-        for records in records(problem, self.blocks, |block| block.keys)? {
+        for records in &work.waves {
             let rows = |record: &Record| record[KEY_COUNT];
             for launch in
-                launcher.rows_of_records(table, &records, problem.batch, tiling.rows, rows)?
+                launcher.rows_of_records(table, records, work.entries, tiling.rows, rows)?
             {
                 gradients::key_gradients::launch(
                     launcher.device.client(),
@@ -311,6 +316,7 @@ impl Backward<'_> {
                     self.output_scale,
                     f32::NEG_INFINITY,
                     tiling,
+                    work.options,
                     element,
                 );
             }

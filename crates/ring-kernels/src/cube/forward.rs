@@ -5,12 +5,15 @@ use ring_comm::buffer::{Buffer, DType};
 
 use super::buffer::CubeBuffer;
 use super::device::matrix::work::Tiling as MatrixTiling;
+use super::device::scores::Options;
 use super::device::{attention, elements, matrix};
 use super::elements::{filled, round};
 use super::launch::{Launch, Launcher};
 use super::path::Kernel;
 use super::source::{Placed, f32s, key_value, query_tensor, width};
-use super::table::{KEY, QUERY, QUERY_COUNT, Record, STATE, Table, VALUE, block_record};
+use super::table::{
+    KEY, QUERY, QUERY_COUNT, Record, STATE, Table, VALUE, block_record, has_left_bound, of_entry,
+};
 use super::tiling::{self, Tiling};
 use super::waves::waves;
 use crate::block::blocks_of;
@@ -59,7 +62,7 @@ pub(super) fn forward(
         launcher,
         problem,
         table,
-        waves: records(problem, blocks, |block| block.queries)?,
+        work: Work::new(problem, blocks, |block| block.queries)?,
         query,
         key,
         value,
@@ -79,7 +82,7 @@ struct Forward<'a> {
     launcher: &'a Launcher,
     problem: &'a Problem,
     table: Table,
-    waves: Vec<Vec<Record>>,
+    work: Work,
     query: Placed<'a>,
     key: Placed<'a>,
     value: Placed<'a>,
@@ -95,7 +98,7 @@ impl Forward<'_> {
         records: &[Record],
         rows_of_cube: usize,
     ) -> Result<Vec<Launch>, KernelError> {
-        let depth = self.problem.batch * self.problem.group_size();
+        let depth = self.work.entries * self.problem.group_size();
         let rows = |record: &Record| record[QUERY_COUNT];
         let launcher = self.launcher;
         launcher.rows_of_records(&self.table, records, depth, rows_of_cube, rows)
@@ -103,7 +106,7 @@ impl Forward<'_> {
 
     fn by_matrix_units(&self, tiling: MatrixTiling) -> Result<(), KernelError> {
         let launcher = self.launcher;
-        for records in &self.waves {
+        for records in &self.work.waves {
             for launch in self.launches(records, tiling.cube_rows())? {
                 matrix::attention::forward::launch(
                     launcher.device.client(),
@@ -120,6 +123,7 @@ impl Forward<'_> {
                     self.problem.scale,
                     f32::NEG_INFINITY,
                     tiling,
+                    self.work.options,
                     launcher.device.element(self.query.buffer.dtype())?,
                 );
             }
@@ -132,8 +136,9 @@ impl Forward<'_> {
         let head_dim = self.problem.head_dim;
         let read = [self.query, self.key, self.value];
         let width = width(head_dim, &read, &[self.output]);
-        let tiling = Tiling::new(tiling::FORWARD, head_dim, width, launcher.room_of_cube())?;
-        for records in &self.waves {
+        let needs = tiling::FORWARD.with_bounds(self.work.options.bounds());
+        let tiling = Tiling::new(needs, head_dim, width, launcher.room_of_cube())?;
+        for records in &self.work.waves {
             for launch in self.launches(records, tiling.rows)? {
                 attention::forward::launch(
                     launcher.device.client(),
@@ -149,6 +154,7 @@ impl Forward<'_> {
                     launcher.argument("state.denominator", self.denominator)?,
                     self.problem.scale,
                     tiling,
+                    self.work.options,
                     launcher.device.element(self.query.buffer.dtype())?,
                 );
             }
@@ -162,25 +168,58 @@ pub(super) fn row_numbers(problem: &Problem) -> RowLayout {
     RowLayout::contiguous(problem.query_heads, problem.queries, 1)
 }
 
-/// The records of all blocks of all heads, in waves that do not write the same rows.
-pub(super) fn records(
-    problem: &Problem,
-    blocks: &[HeadBlocks],
-    written: impl Fn(&Block) -> Rows,
-) -> Result<Vec<Vec<Record>>, KernelError> {
-    let mut records = Vec::new();
-    let mut sets = Vec::new();
-    for head in 0..problem.kv_heads {
-        for block in blocks_of(blocks, 0, head) {
-            if let Some(record) = block_record(problem.mask, head, block)? {
-                records.push(record);
-                sets.push((head, written(block)));
+/// The blocks of a call: records in waves that do not write the same rows, and how often each is done.
+pub(super) struct Work {
+    pub(super) waves: Vec<Vec<Record>>,
+    /// Batch entries for which a launch does each of its records: all of them, or the one that the record names.
+    pub(super) entries: usize,
+    /// What kernels do with them.
+    pub(super) options: Options,
+}
+
+impl Work {
+    /// The work on all blocks of all heads; `written` tells which rows of a block are written.
+    pub(super) fn new(
+        problem: &Problem,
+        blocks: &[HeadBlocks],
+        written: impl Fn(&Block) -> Rows,
+    ) -> Result<Self, KernelError> {
+        let of_all = |of: &HeadBlocks| (0..problem.batch).all(|entry| of.entries.contains(&entry));
+        let (entries, of_launch) = match blocks.iter().all(of_all) {
+            true => (1, problem.batch),
+            false => (problem.batch, 1),
+        };
+        let mut records = Vec::new();
+        let mut sets = Vec::new();
+        for entry in 0..entries {
+            for head in 0..problem.kv_heads {
+                for block in blocks_of(blocks, entry, head) {
+                    if let Some(record) = block_record(problem, head, block)? {
+                        records.push(of_entry(record, entry)?);
+                        sets.push((entry * problem.kv_heads + head, written(block)));
+                    }
+                }
             }
         }
+        let waves = waves(entries * problem.kv_heads, sets.into_iter());
+        let of_wave = |wave: Vec<usize>| wave.into_iter().map(|index| records[index]).collect();
+        Ok(Self {
+            waves: waves.into_iter().map(of_wave).collect(),
+            entries: of_launch,
+            options: options(problem, &records),
+        })
     }
-    let waves = waves(problem.kv_heads, sets.into_iter());
-    let of_wave = |wave: Vec<usize>| wave.into_iter().map(|index| records[index]).collect();
-    Ok(waves.into_iter().map(of_wave).collect())
+}
+
+/// What kernels do beside plain attention.
+fn options(problem: &Problem, records: &[Record]) -> Options {
+    let scores = &problem.scores;
+    Options {
+        windowed: records.iter().any(has_left_bound),
+        softcap: scores.softcap.is_some(),
+        slopes: scores.alibi_slopes.is_some(),
+        dropout: scores.dropout.is_some_and(|dropout| dropout.threshold > 0),
+    }
 }
 
 /// `O = sum / denominator`, `L = max + ln denominator`; see [`Kernels::finish`](crate::Kernels::finish).

@@ -41,7 +41,10 @@ use crate::{
 ///
 /// A cube of units owns a tile of rows, against which it holds tiles of the other rows in shared memory; sizes follow from what
 /// the device has. Calls return when the device has been told what to do; the first call with a head size and an element type compiles.
-/// Rows and positions are counted in 32 bits, elements of a buffer in 31; what needs more is refused.
+/// Rows, and how far positions of a block lie apart where its mask has a bound, are counted in 32 bits, elements of a buffer and
+/// distances under ALiBi in 31; what needs more is refused. Tiles that the mask hides from all rows of a cube are skipped. Kernels
+/// are compiled for the options that a call uses, of windows, softcap, ALiBi and dropout; dropout drops what
+/// [`Dropout::keeps`](crate::Dropout::keeps) says, to the bit.
 ///
 /// Key gradients in a [`KeyValueGradient::Slot`] must keep the rows of one head together, as [`PackedRows`] does.
 #[derive(Clone, Debug)]

@@ -16,7 +16,8 @@
 //!
 //! Rows that would not fit are read from shared memory for each tile instead. Two sixteens of rows per plane halve what is read of
 //! the tiles. Shared memory holds the rows of the cube and two of each tile, of 2 (d + 8) bytes a row; where a device has too
-//! little of it, tiles are halved, then planes. With these tiles an H100 has two cubes on each multiprocessor.
+//! little of it, tiles are halved, then planes. Softcap, slopes and dropout take registers too: with any of them, heads of up to 64
+//! have t 32 in the forward pass, and r 1 for key gradients. With these tiles an H100 has two cubes on each multiprocessor.
 
 use cubecl::features::Plane;
 use cubecl::ir::{ElemType, FloatKind};
@@ -25,7 +26,7 @@ use ring_comm::buffer::{Buffer, DType};
 use super::buffer::{CubeDevice, element};
 use super::device::matrix::work::Tiling;
 use super::source::Placed;
-use crate::Problem;
+use crate::{Problem, Scores};
 
 /// Planes of a cube, where shared memory allows.
 const PLANES: usize = 4;
@@ -115,12 +116,14 @@ impl MatrixUnits {
         if !(sizes && scaled && typed) {
             return None;
         }
+        let plain = problem.scores == Scores::default();
         let (row_tiles, tile_rows, rows_in_registers) = match (kernel, head_dim) {
-            (Kernel::Forward, ..=64) => (2, 64, true),
+            (Kernel::Forward, ..=64) if plain => (2, 64, true),
+            (Kernel::Forward, ..=64) => (2, 32, true),
             (Kernel::Forward, ..=128) => (2, 32, false),
             (Kernel::QueryGradients, ..=64) => (2, 32, false),
             (Kernel::QueryGradients, ..=128) => (1, 64, false),
-            (Kernel::KeyGradients, ..=64) => (2, 32, false),
+            (Kernel::KeyGradients, ..=64) if plain => (2, 32, false),
             (Kernel::KeyGradients, ..=128) | (Kernel::Forward, _) => (1, 32, false),
             _ => (1, 16, false),
         };

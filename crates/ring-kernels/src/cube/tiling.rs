@@ -63,40 +63,50 @@ pub(super) struct Needs {
     pub(super) score_gap: usize,
 }
 
-/// Queries; keys, and then values in the same place; scores, whose greatest ones are written by quads; how many keys each query
-/// sees and how much its sum shrinks.
+impl Needs {
+    /// The needs of a kernel that keeps so many bounds for each row of scores.
+    pub(super) const fn with_bounds(self, bounds: usize) -> Self {
+        Self {
+            row_numbers: self.row_numbers + bounds,
+            ..self
+        }
+    }
+}
+
+/// Queries; keys, and then values in the same place; scores, whose greatest ones are written by quads; how much the sum of
+/// each query shrinks; and bounds.
 pub(super) const FORWARD: Needs = Needs {
     row_tiles: 1,
     column_tiles: 1,
     score_tiles: 1,
     sums: 1,
-    row_numbers: 2,
+    row_numbers: 1,
     column_numbers: 0,
     quad_numbers: 1,
     score_gap: 2,
 };
 
-/// Queries and output gradients; values, and then keys in the same place; score gradients; how many keys each query sees, its
-/// log-sum-exp and its delta.
+/// Queries and output gradients; values, and then keys in the same place; score gradients; log-sum-exp and delta of each
+/// query; and bounds.
 pub(super) const QUERY_GRADIENTS: Needs = Needs {
     row_tiles: 2,
     column_tiles: 1,
     score_tiles: 1,
     sums: 1,
-    row_numbers: 3,
+    row_numbers: 2,
     column_numbers: 0,
     quad_numbers: 0,
     score_gap: 0,
 };
 
-/// Keys and values; queries and output gradients; weights and score gradients; the first query that sees a key; log-sum-exp and
-/// delta of queries.
+/// Keys and values; queries and output gradients; weights and score gradients; log-sum-exp and delta of queries; and
+/// bounds.
 pub(super) const KEY_GRADIENTS: Needs = Needs {
     row_tiles: 2,
     column_tiles: 2,
     score_tiles: 2,
     sums: 2,
-    row_numbers: 1,
+    row_numbers: 0,
     column_numbers: 2,
     quad_numbers: 0,
     score_gap: 0,
@@ -267,7 +277,14 @@ impl Tiling {
 mod tests {
     use super::*;
 
-    const ALL: [Needs; 3] = [FORWARD, QUERY_GRADIENTS, KEY_GRADIENTS];
+    const ALL: [Needs; 6] = [
+        FORWARD.with_bounds(1),
+        QUERY_GRADIENTS.with_bounds(1),
+        KEY_GRADIENTS.with_bounds(1),
+        FORWARD.with_bounds(2),
+        QUERY_GRADIENTS.with_bounds(2),
+        KEY_GRADIENTS.with_bounds(2),
+    ];
 
     fn room(units: usize, kibibytes: usize) -> Room {
         Room {
@@ -334,9 +351,9 @@ mod tests {
 
     #[test]
     fn the_example_of_shared_bytes_is_true() {
-        let tiling = Tiling::new(FORWARD, 64, 4, room(1024, 227)).unwrap();
+        let tiling = Tiling::new(FORWARD.with_bounds(1), 64, 4, room(1024, 227)).unwrap();
         assert_eq!((tiling.rows, tiling.columns), (64, 64));
-        assert_eq!(tiling.shared_bytes(FORWARD), 57_856);
+        assert_eq!(tiling.shared_bytes(FORWARD.with_bounds(1)), 57_856);
     }
 
     #[test]

@@ -4,7 +4,10 @@ use cubecl::prelude::*;
 
 use super::super::table::*;
 use super::super::tiling::{QUAD, Tiling};
+use super::dropout::*;
 use super::index::*;
+use super::quads::*;
+use super::scores::*;
 use super::tile::*;
 
 /// Adds the blocks of a table to the state. A cube owns `tiling.rows` query rows: they are in one block of the launch at most.
@@ -22,6 +25,7 @@ pub(crate) fn forward<F: Float, N: Size>(
     denominator: &mut [f32],
     scale: f32,
     #[comptime] tiling: Tiling,
+    #[comptime] options: Options,
     #[define(F)] _element: ElemType,
 ) {
     let width = comptime!(tiling.width);
@@ -39,7 +43,8 @@ pub(crate) fn forward<F: Float, N: Size>(
     let mut columns = room_for_rows::<N>(comptime!(tiling.columns), tiling);
     let mut scores = room_for_scores(tiling);
     let mut greatest = Shared::<[f32]>::new_slice(comptime!(rows * quads));
-    let mut seen = Shared::<[u32]>::new_slice(rows);
+    // Behind the last key that each query sees; then the first one, where that is not the first of all.
+    let mut bounds = Shared::<[u32]>::new_slice(comptime!(options.bounds() * rows));
     let mut corrections = Shared::<[f32]>::new_slice(rows);
 
     let query_rows = queries_at(table, QUERY, &work, work.head, width);
@@ -53,8 +58,13 @@ pub(crate) fn forward<F: Float, N: Size>(
         rows,
         tiling,
     );
+    let last = least(first + rows, count) - 1;
     if unit < rows {
-        seen[unit] = seen_keys(table, &work, first + unit, count) as u32;
+        let query = least(first + unit, last);
+        bounds[unit] = keys_end(table, work.record, query) as u32;
+        if comptime!(options.windowed) {
+            bounds[rows + unit] = keys_begin(table, work.record, query, options) as u32;
+        }
     }
 
     let row = unit / parts;
@@ -86,14 +96,11 @@ pub(crate) fn forward<F: Float, N: Size>(
     let key_count = word(table, work.record + KEY_COUNT);
     let key_rows = keys_at(table, KEY, &work, width);
     let value_rows = keys_at(table, VALUE, &work, width);
-    // The first query of the cube sees the fewest keys, the last one the most.
-    let fewest = seen_keys(table, &work, first, count);
-    let last = least(first + rows, count) - 1;
-    let most = either(first < count, visible(table, work.record, last), 0usize);
+    let seen = seen_keys(table, work.record, first, last, count, options);
     let score_place = score_place(tiling);
 
-    for t in 0..most.div_ceil(comptime!(tiling.columns)) {
-        let start = t * comptime!(tiling.columns);
+    for t in 0..(seen.end - seen.begin).div_ceil(comptime!(tiling.columns)) {
+        let start = seen.begin + t * comptime!(tiling.columns);
         sync_cube();
         load::<F, N>(
             key,
@@ -115,19 +122,48 @@ pub(crate) fn forward<F: Float, N: Size>(
                 &mut own_scores,
                 tiling,
             );
-            if start + comptime!(tiling.columns) > fewest {
+            if start + comptime!(tiling.columns) > seen.first_end {
                 hide_from(
                     &mut own_scores,
-                    seen.as_slice(),
+                    &bounds[0..rows],
                     &score_place,
                     start,
                     tiling,
                 );
             }
+            if comptime!(options.windowed) {
+                if start < seen.last_begin {
+                    hide_before(
+                        &mut own_scores,
+                        &bounds[rows..2 * rows],
+                        &score_place,
+                        start,
+                        tiling,
+                    );
+                }
+            }
             #[unroll]
             for i in 0..comptime!(tiling.score_rows()) {
                 let row = score_place.row + comptime!(i * score_row_step(tiling));
-                let quad = quad_of(&own_scores, i);
+                let mut quad = quad_of(&own_scores, i);
+                if comptime!(options.scored()) {
+                    let pairs = Pairs {
+                        record: work.record,
+                        row: first + row,
+                        column: start + score_place.quad,
+                    };
+                    let scoring = scoring(table, work.head, HIDDEN, options);
+                    quad = scored(
+                        quad,
+                        table,
+                        &pairs,
+                        &scoring,
+                        quads,
+                        comptime!(RowsAre::Queries),
+                        options,
+                    )
+                    .values;
+                }
                 scores[row * comptime!(tiling.score_stride()) + score_place.quad] = quad;
                 greatest[row * quads + score_place.quad] = greatest_of(quad);
             }
@@ -149,6 +185,16 @@ pub(crate) fn forward<F: Float, N: Size>(
                 #[unroll]
                 for e in 0..QUAD {
                     tile_denominator += weights.extract(e);
+                }
+                if comptime!(options.dropout) {
+                    let pairs = Pairs {
+                        record: work.record,
+                        row: first + row,
+                        column: start + quad,
+                    };
+                    let dropping = dropping(table, &work, work.head);
+                    scores[at] = weights
+                        * kept(table, &pairs, &dropping, quads, comptime!(RowsAre::Queries));
                 }
             }
         }

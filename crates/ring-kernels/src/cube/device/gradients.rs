@@ -4,7 +4,10 @@ use cubecl::prelude::*;
 
 use super::super::table::*;
 use super::super::tiling::{QUAD, Tiling};
+use super::dropout::*;
 use super::index::*;
+use super::quads::*;
+use super::scores::*;
 use super::tile::*;
 
 /// Adds the query gradients of the blocks of a table. A cube owns `tiling.rows` query rows: they are in one block of the launch
@@ -23,10 +26,12 @@ pub(crate) fn query_gradients<F: Float, N: Size>(
     output_scale: f32,
     minus_infinity: f32,
     #[comptime] tiling: Tiling,
+    #[comptime] options: Options,
     #[define(F)] _element: ElemType,
 ) {
     let width = comptime!(tiling.width);
     let rows = comptime!(tiling.rows);
+    let (apart, rows_are) = comptime!((tiling.quads(), RowsAre::Queries));
     let unit = UNIT_POS as usize;
     let work = work_of_query_head(table);
     let count = word(table, work.record + QUERY_COUNT);
@@ -38,12 +43,18 @@ pub(crate) fn query_gradients<F: Float, N: Size>(
     let mut grads = room_for_rows::<N>(rows, tiling);
     let mut columns = room_for_rows::<N>(comptime!(tiling.columns), tiling);
     let mut grad_scores = room_for_scores(tiling);
-    let mut seen = Shared::<[u32]>::new_slice(rows);
+    // Behind the last key that each query sees; then the first one, where that is not the first of all.
+    let mut bounds = Shared::<[u32]>::new_slice(comptime!(options.bounds() * rows));
     let mut log_sum_exps = Shared::<[f32]>::new_slice(rows);
     let mut deltas = Shared::<[f32]>::new_slice(rows);
 
+    let last = least(first + rows, count) - 1;
     if unit < rows {
-        seen[unit] = seen_keys(table, &work, first + unit, count) as u32;
+        let query = least(first + unit, last);
+        bounds[unit] = keys_end(table, work.record, query) as u32;
+        if comptime!(options.windowed) {
+            bounds[rows + unit] = keys_begin(table, work.record, query, options) as u32;
+        }
         load_row_numbers(
             log_sum_exp,
             delta,
@@ -83,17 +94,14 @@ pub(crate) fn query_gradients<F: Float, N: Size>(
     let key_count = word(table, work.record + KEY_COUNT);
     let key_rows = keys_at(table, KEY, &work, width);
     let value_rows = keys_at(table, VALUE, &work, width);
-    // The first query of the cube sees the fewest keys, the last one the most.
-    let fewest = seen_keys(table, &work, first, count);
-    let last = least(first + rows, count) - 1;
-    let most = either(first < count, visible(table, work.record, last), 0usize);
+    let seen = seen_keys(table, work.record, first, last, count, options);
     let score_place = score_place(tiling);
     let computes_scores = score_place.row < comptime!(score_row_step(tiling));
     let sum_place = sum_place(tiling);
     let mut sums = no_sums::<N>(tiling);
 
-    for t in 0..most.div_ceil(comptime!(tiling.columns)) {
-        let start = t * comptime!(tiling.columns);
+    for t in 0..(seen.end - seen.begin).div_ceil(comptime!(tiling.columns)) {
+        let start = seen.begin + t * comptime!(tiling.columns);
         sync_cube();
         load::<F, N>(
             value,
@@ -137,15 +145,47 @@ pub(crate) fn query_gradients<F: Float, N: Size>(
                 &mut scores,
                 tiling,
             );
-            if start + comptime!(tiling.columns) > fewest {
-                hide_from(&mut scores, seen.as_slice(), &score_place, start, tiling);
+            if start + comptime!(tiling.columns) > seen.first_end {
+                hide_from(&mut scores, &bounds[0..rows], &score_place, start, tiling);
+            }
+            if comptime!(options.windowed) {
+                if start < seen.last_begin {
+                    hide_before(
+                        &mut scores,
+                        &bounds[rows..2 * rows],
+                        &score_place,
+                        start,
+                        tiling,
+                    );
+                }
             }
             #[unroll]
             for i in 0..comptime!(tiling.score_rows()) {
                 let row = score_place.row + comptime!(i * score_row_step(tiling));
-                let weights = (quad_of(&scores, i) - Quad::new(log_sum_exps[row])).exp();
-                grad_scores[row * comptime!(tiling.score_stride()) + score_place.quad] =
-                    weights * (quad_of(&grad_weights, i) - Quad::new(deltas[row]));
+                let mut quad = quad_of(&scores, i);
+                let mut factors = Quad::new(1.0f32);
+                let pairs = Pairs {
+                    record: work.record,
+                    row: first + row,
+                    column: start + score_place.quad,
+                };
+                if comptime!(options.scored()) {
+                    let scoring = scoring(table, work.head, HIDDEN, options);
+                    let scored = scored(quad, table, &pairs, &scoring, apart, rows_are, options);
+                    quad = scored.values;
+                    factors = scored.derivatives;
+                }
+                let weights = (quad - Quad::new(log_sum_exps[row])).exp();
+                let mut grads = quad_of(&grad_weights, i);
+                if comptime!(options.dropout) {
+                    let dropping = dropping(table, &work, work.head);
+                    grads *= kept(table, &pairs, &dropping, apart, rows_are);
+                }
+                let mut gradient = weights * (grads - Quad::new(deltas[row]));
+                if comptime!(options.softcap) {
+                    gradient *= factors;
+                }
+                grad_scores[row * comptime!(tiling.score_stride()) + score_place.quad] = gradient;
             }
         }
         sync_cube();
@@ -217,11 +257,13 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
     output_scale: f32,
     minus_infinity: f32,
     #[comptime] tiling: Tiling,
+    #[comptime] options: Options,
     #[define(F)] _element: ElemType,
 ) {
     let width = comptime!(tiling.width);
     let rows = comptime!(tiling.rows);
     let tile_columns = comptime!(tiling.columns);
+    let (apart, rows_are) = comptime!((tiling.quads(), RowsAre::Keys));
     let unit = UNIT_POS as usize;
     let work = work_of_group(table);
     let count = word(table, work.record + KEY_COUNT);
@@ -234,7 +276,8 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
     let mut grads = room_for_rows::<N>(tile_columns, tiling);
     let mut weights = room_for_scores(tiling);
     let mut grad_scores = room_for_scores(tiling);
-    let mut seen_from = Shared::<[u32]>::new_slice(rows);
+    // The first query that sees each key; then behind the last one, where that is not the last of all.
+    let mut bounds = Shared::<[u32]>::new_slice(comptime!(options.bounds() * rows));
     let mut log_sum_exps = Shared::<[f32]>::new_slice(tile_columns);
     let mut deltas = Shared::<[f32]>::new_slice(tile_columns);
 
@@ -260,18 +303,17 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
         rows,
         tiling,
     );
+    let last = least(first + rows, count) - 1;
     if unit < rows {
-        seen_from[unit] = first_seeing(table, work.record, least(first + unit, count - 1)) as u32;
+        let key = least(first + unit, last);
+        bounds[unit] = queries_begin(table, work.record, key) as u32;
+        if comptime!(options.windowed) {
+            bounds[rows + unit] = queries_end(table, work.record, key, options) as u32;
+        }
     }
 
-    // The first key of the cube is seen by the most queries, the last one by the fewest.
-    let earliest = first_seeing(table, work.record, least(first, count - 1));
-    let latest = first_seeing(table, work.record, least(first + rows, count) - 1);
-    let tiles = either(
-        first < count,
-        (query_count - earliest).div_ceil(tile_columns),
-        0usize,
-    );
+    let seeing = seeing_queries(table, work.record, first, last, count, options);
+    let tiles = (seeing.end - seeing.begin).div_ceil(tile_columns);
     let score_place = score_place(tiling);
     let computes_scores = score_place.row < comptime!(score_row_step(tiling));
     let sum_place = sum_place(tiling);
@@ -282,7 +324,7 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
     let all_tiles = tiles * word(table, GROUP);
     for t in 0..all_tiles {
         let head = work.head + t / tiles;
-        let start = earliest + t % tiles * tile_columns;
+        let start = seeing.begin + t % tiles * tile_columns;
         let state_at = queries_at(table, STATE, &work, head, 1usize);
         let query_rows = queries_at(table, QUERY, &work, head, width);
         let grad_rows = queries_at(table, GRAD_OUTPUT, &work, head, width);
@@ -333,14 +375,19 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
                 &mut scores,
                 tiling,
             );
-            if start < latest {
-                hide_before(
-                    &mut scores,
-                    seen_from.as_slice(),
-                    &score_place,
-                    start,
-                    tiling,
-                );
+            if start < seeing.last_begin {
+                hide_before(&mut scores, &bounds[0..rows], &score_place, start, tiling);
+            }
+            if comptime!(options.windowed) {
+                if start + tile_columns > seeing.first_end {
+                    hide_from(
+                        &mut scores,
+                        &bounds[rows..2 * rows],
+                        &score_place,
+                        start,
+                        tiling,
+                    );
+                }
             }
             let mut grad_weights = no_scores(tiling);
             add_score_products::<N>(
@@ -356,9 +403,33 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
             for i in 0..comptime!(tiling.score_rows()) {
                 let row = score_place.row + comptime!(i * score_row_step(tiling));
                 let at = row * comptime!(tiling.score_stride()) + score_place.quad;
-                let own_weights = (quad_of(&scores, i) - log_sum_exps).exp();
+                let mut quad = quad_of(&scores, i);
+                let mut factors = Quad::new(1.0f32);
+                let pairs = Pairs {
+                    record: work.record,
+                    row: first + row,
+                    column: start + score_place.quad,
+                };
+                if comptime!(options.scored()) {
+                    let scoring = scoring(table, head, HIDDEN, options);
+                    let scored = scored(quad, table, &pairs, &scoring, apart, rows_are, options);
+                    quad = scored.values;
+                    factors = scored.derivatives;
+                }
+                let own_weights = (quad - log_sum_exps).exp();
                 weights[at] = own_weights;
-                grad_scores[at] = own_weights * (quad_of(&grad_weights, i) - deltas);
+                let mut grads = quad_of(&grad_weights, i);
+                if comptime!(options.dropout) {
+                    let dropping = dropping(table, &work, head);
+                    let kept = kept(table, &pairs, &dropping, apart, rows_are);
+                    weights[at] = own_weights * kept;
+                    grads *= kept;
+                }
+                let mut gradient = own_weights * (grads - deltas);
+                if comptime!(options.softcap) {
+                    gradient *= factors;
+                }
+                grad_scores[at] = gradient;
             }
         }
         sync_cube();

@@ -3,6 +3,7 @@
 use cubecl::prelude::*;
 
 use super::super::table::*;
+use super::scores::Options;
 
 /// One of two numbers. (`select` by itself leaves its type open.)
 #[cube]
@@ -67,7 +68,7 @@ pub(crate) fn work_of_query_head(table: &[u32]) -> Work {
     let kv_head = word(table, record + KV_HEAD);
     Work {
         record,
-        batch: CUBE_POS_Z as usize / group,
+        batch: word(table, record + ENTRY) + CUBE_POS_Z as usize / group,
         kv_head,
         head: kv_head * group + CUBE_POS_Z as usize % group,
     }
@@ -80,7 +81,7 @@ pub(crate) fn work_of_group(table: &[u32]) -> Work {
     let kv_head = word(table, record + KV_HEAD);
     Work {
         record,
-        batch: CUBE_POS_Z as usize,
+        batch: word(table, record + ENTRY) + CUBE_POS_Z as usize,
         kv_head,
         head: kv_head * word(table, GROUP),
     }
@@ -132,38 +133,143 @@ pub(crate) fn record(table: &[u32]) -> usize {
     word(table, RECORDS_AT) + CUBE_POS_Y as usize * RECORD
 }
 
-/// How many keys of its block query `i` sees. Positions ascend, so these are the first ones.
+/// How many keys of its block query `i` reaches by a sight. Positions ascend, so these are the first ones.
 #[cube]
-pub(crate) fn visible(table: &[u32], record: usize, i: usize) -> usize {
-    let position = i * word(table, record + QUERY_POSITION_STEP) + word(table, record + LEAD);
-    let lag = word(table, record + LAG);
+fn reached(table: &[u32], record: usize, #[comptime] sight: usize, i: usize) -> usize {
+    let sight = record + sight;
+    let position = i * word(table, sight + SIGHT_QUERY_STEP) + word(table, sight + SIGHT_LEAD);
+    let lag = word(table, sight + SIGHT_LAG);
     let behind = position < lag;
-    let steps =
-        (position - either(behind, position, lag)) / word(table, record + KEY_POSITION_STEP);
+    let steps = (position - either(behind, position, lag)) / word(table, sight + SIGHT_KEY_STEP);
     let count = least(steps + 1, word(table, record + KEY_COUNT));
     either(behind, 0usize, count)
 }
 
-/// The first query of its block that sees key `j`; their number if none does.
+/// The first query of its block that reaches key `j` by a sight; their number if none does.
 #[cube]
-pub(crate) fn first_seeing(table: &[u32], record: usize, j: usize) -> usize {
-    let position = j * word(table, record + KEY_POSITION_STEP) + word(table, record + LAG);
-    let lead = word(table, record + LEAD);
-    let seen_by_all = position <= lead;
-    let missing = either(seen_by_all, 0usize, position - lead);
-    // Where all see it the step may be 0.
+fn first_reaching(table: &[u32], record: usize, #[comptime] sight: usize, j: usize) -> usize {
+    let sight = record + sight;
+    let position = j * word(table, sight + SIGHT_KEY_STEP) + word(table, sight + SIGHT_LAG);
+    let lead = word(table, sight + SIGHT_LEAD);
+    let reached_by_all = position <= lead;
+    let missing = either(reached_by_all, 0usize, position - lead);
+    // Where all reach it the step may be 0.
     let step = either(
-        seen_by_all,
+        reached_by_all,
         1usize,
-        word(table, record + QUERY_POSITION_STEP),
+        word(table, sight + SIGHT_QUERY_STEP),
     );
     least(missing.div_ceil(step), word(table, record + QUERY_COUNT))
 }
 
-/// How many keys of its block query `i` sees; none if there is no such query.
+/// Behind the last key of its block that query `i` sees.
 #[cube]
-pub(crate) fn seen_keys(table: &[u32], work: &Work, i: usize, count: usize) -> usize {
-    let active = i < count;
-    let seen = visible(table, work.record, either(active, i, 0usize));
-    either(active, seen, 0usize)
+pub(crate) fn keys_end(table: &[u32], record: usize, i: usize) -> usize {
+    reached(table, record, RIGHT, i)
+}
+
+/// The first key of its block that query `i` sees, if it sees one; no later than [`keys_end`].
+#[cube]
+pub(crate) fn keys_begin(
+    table: &[u32],
+    record: usize,
+    i: usize,
+    #[comptime] options: Options,
+) -> usize {
+    if comptime!(options.windowed) {
+        reached(table, record, LEFT, i)
+    } else {
+        0usize.runtime()
+    }
+}
+
+/// The first query of its block that sees key `j`, if one does.
+#[cube]
+pub(crate) fn queries_begin(table: &[u32], record: usize, j: usize) -> usize {
+    first_reaching(table, record, RIGHT, j)
+}
+
+/// Behind the last query of its block that sees key `j`; no earlier than [`queries_begin`].
+#[cube]
+pub(crate) fn queries_end(
+    table: &[u32],
+    record: usize,
+    j: usize,
+    #[comptime] options: Options,
+) -> usize {
+    if comptime!(options.windowed) {
+        first_reaching(table, record, LEFT, j)
+    } else {
+        word(table, record + QUERY_COUNT)
+    }
+}
+
+/// Which keys of its block the queries of a cube see. Both ends grow from query to query.
+#[derive(CubeType)]
+pub(crate) struct SeenKeys {
+    /// The first key that the first query sees.
+    pub(crate) begin: usize,
+    /// The first key that the last query sees.
+    pub(crate) last_begin: usize,
+    /// Behind the last key that the first query sees.
+    pub(crate) first_end: usize,
+    /// Behind the last key that the last query sees.
+    pub(crate) end: usize,
+}
+
+/// Which keys queries `first..=last` see; none if `first` is none of the `count` queries.
+#[cube]
+pub(crate) fn seen_keys(
+    table: &[u32],
+    record: usize,
+    first: usize,
+    last: usize,
+    count: usize,
+    #[comptime] options: Options,
+) -> SeenKeys {
+    let active = first < count;
+    let of_first = least(first, last);
+    let begin = keys_begin(table, record, of_first, options);
+    let end = keys_end(table, record, last);
+    SeenKeys {
+        begin,
+        last_begin: keys_begin(table, record, last, options),
+        first_end: keys_end(table, record, of_first),
+        end: either(active, end, begin),
+    }
+}
+
+/// Which queries of its block see the keys of a cube. Both ends grow from key to key.
+#[derive(CubeType)]
+pub(crate) struct SeeingQueries {
+    /// The first query that sees the first key.
+    pub(crate) begin: usize,
+    /// The first query that sees the last key.
+    pub(crate) last_begin: usize,
+    /// Behind the last query that sees the first key.
+    pub(crate) first_end: usize,
+    /// Behind the last query that sees the last key.
+    pub(crate) end: usize,
+}
+
+/// Which queries see keys `first..=last`; none if `first` is none of the `count` keys.
+#[cube]
+pub(crate) fn seeing_queries(
+    table: &[u32],
+    record: usize,
+    first: usize,
+    last: usize,
+    count: usize,
+    #[comptime] options: Options,
+) -> SeeingQueries {
+    let active = first < count;
+    let of_first = least(first, last);
+    let begin = queries_begin(table, record, of_first);
+    let end = queries_end(table, record, last, options);
+    SeeingQueries {
+        begin,
+        last_begin: queries_begin(table, record, last),
+        first_end: queries_end(table, record, of_first, options),
+        end: either(active, end, begin),
+    }
 }

@@ -8,11 +8,16 @@
 
 // The attribute `cube` makes items of its own.
 #![allow(missing_docs)]
+// Conditions on constants, which choose what is compiled, are no conditions of the device: they stay apart.
+#![allow(clippy::collapsible_if)]
 
 pub(super) mod attention;
+pub(super) mod dropout;
 pub(super) mod elements;
 pub(super) mod gradients;
 pub(super) mod index;
 pub(super) mod matrix;
 pub(super) mod messages;
+pub(super) mod quads;
+pub(super) mod scores;
 pub(super) mod tile;

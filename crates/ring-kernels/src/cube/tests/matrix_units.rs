@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::masks::{all_scores, check_dropped, far_rows, with_entries};
 use super::on_device::OnDevice;
 use super::*;
 
@@ -59,7 +60,7 @@ fn every_size_around_the_borders_of_tiles_matches_the_oracle() {
             let mut case = full(problem(1, (1, 1), 16, (queries, keys)));
             case.dtype = DType::F16;
             check(&case);
-            case.problem.mask = Mask::Causal;
+            case.problem.mask = Mask::CAUSAL;
             check(&case);
         }
     }
@@ -81,7 +82,7 @@ fn strided_and_shared_rows_match_the_oracle() {
         Order::Bordered(3),
         Order::Bordered(8),
     ] {
-        for mask in [Mask::None, Mask::Causal] {
+        for mask in [Mask::NONE, Mask::CAUSAL] {
             let mut case = tangled(problem(2, (4, 2), 48, (150, 140)));
             case.problem.mask = mask;
             case.order = order;
@@ -117,10 +118,8 @@ fn calls_may_mix_matrix_units_and_plain_kernels() {
     let blocks = case.blocks[0].blocks.iter();
     let hops: Vec<Vec<HeadBlocks>> = blocks
         .map(|&block| {
-            vec![HeadBlocks {
-                kv_heads: vec![0, 1],
-                blocks: vec![block],
-            }]
+            let heads = vec![0, 1];
+            vec![on_every_entry(&case.problem, heads, vec![block])]
         })
         .collect();
     let hops: Vec<&[HeadBlocks]> = hops.iter().map(Vec::as_slice).collect();
@@ -149,7 +148,7 @@ fn rows_without_keys_are_zero_and_never_nan() {
     let problem = causal(problem(1, (1, 1), 16, (80, 40)));
     // The first 30 queries stand before every key; the last 10 are in no block.
     let block = (at(rows(0, 1, 70), -30, 1), rows(0, 1, 40));
-    let mut case = Case::new(problem, on_all_heads(&problem, &[block]));
+    let mut case = Case::new(problem.clone(), on_all_heads(&problem, &[block]));
     case.dtype = DType::F16;
     let computed = check(&case);
     let log_sum_exp = computed.log_sum_exp.as_f32().unwrap();
@@ -167,7 +166,7 @@ fn rows_without_keys_are_zero_and_never_nan() {
 fn queries_that_see_nothing_contribute_nothing_whatever_they_hold() {
     let problem = causal(problem(1, (1, 1), 32, (80, 40)));
     let block = (at(rows(0, 1, 80), -30, 1), rows(0, 1, 40));
-    let mut case = Case::new(problem, on_all_heads(&problem, &[block]));
+    let mut case = Case::new(problem.clone(), on_all_heads(&problem, &[block]));
     case.dtype = DType::F16;
     let clean = case.run(&OnDevice::new()).unwrap();
     case.poisoned = 30;
@@ -211,8 +210,89 @@ fn long_rows_stay_accurate() {
     check(&case);
 }
 
+/// A window, entries with blocks of their own, softcap, slopes and dropout.
+fn all_at_once(head_dim: usize, dtype: DType) -> Case {
+    let mut case = with_entries(tangled(problem(3, (4, 2), head_dim, (150, 140))));
+    case.problem.mask = Mask {
+        left: Some(60),
+        right: Some(30),
+    };
+    case.problem.scores = all_scores(4);
+    case.output_scale = 1.0 / 0.7;
+    case.dtype = dtype;
+    case
+}
+
+#[test]
+fn all_at_once_matches_the_oracle() {
+    for (head_dim, dtype) in [
+        (16, DType::F16),
+        (64, DType::BF16),
+        (128, DType::F16),
+        (144, DType::BF16),
+    ] {
+        check(&all_at_once(head_dim, dtype));
+    }
+}
+
+#[test]
+fn all_at_once_gives_the_same_bits_every_time() {
+    let case = all_at_once(64, DType::BF16);
+    let once = case.run(&OnDevice::new()).unwrap();
+    use cuda_emulator::Order::{Descending, Random};
+    for order in [Descending, Random { seed: 7 }] {
+        let device = CubeDevice::new(cuda_emulator::client_with_order(order));
+        let again = case.run(&OnDevice::of(device)).unwrap();
+        assert_eq!(again, once, "{order:?}");
+    }
+}
+
+#[test]
+fn windows_match_the_oracle() {
+    for (head_dim, dtype) in [(64, DType::F16), (128, DType::BF16)] {
+        for (left, right) in [
+            (Some(0), Some(0)),
+            (Some(40), Some(0)),
+            (Some(70), None),
+            (Some(9), Some(130)),
+        ] {
+            let mut case = full(problem(1, (2, 1), head_dim, (300, 280)));
+            case.problem.mask = Mask { left, right };
+            case.dtype = dtype;
+            check(&case);
+        }
+    }
+}
+
+#[test]
+fn softcap_and_slopes_alone_match_the_oracle() {
+    for dtype in HALVES {
+        let mut case = tangled(causal(problem(1, (4, 2), 32, (150, 140))));
+        let Scores {
+            softcap,
+            alibi_slopes,
+            ..
+        } = all_scores(4);
+        case.dtype = dtype;
+        match dtype {
+            DType::F16 => case.problem.scores.softcap = softcap,
+            _ => case.problem.scores.alibi_slopes = alibi_slopes,
+        }
+        check(&case);
+    }
+}
+
+#[test]
+fn dropped_are_the_weights_that_the_definition_drops() {
+    for (size, dtype) in [(64, DType::F16), (128, DType::BF16)] {
+        for (branch, (queries, keys)) in (0..).zip(far_rows(size)) {
+            check_dropped(dtype, queries, keys, 16_000 * branch);
+        }
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn random_blocks_match_the_oracle(case in any_case(&HALVES), sixteens in 1usize..5) {

@@ -1,6 +1,7 @@
 //! The kernels against the oracle, on wgpu's CPU adapter (Mesa's lavapipe), or with the feature `emulated-cuda` on the emulator of a
 //! CUDA device.
 
+mod masks;
 #[cfg(feature = "emulated-cuda")]
 mod matrix_units;
 mod on_device;
@@ -35,8 +36,22 @@ fn tolerance(case: &Case) -> f64 {
     match case.dtype {
         DType::F16 if by_matrix_units => 2e-3,
         DType::BF16 if by_matrix_units => 1e-2,
-        _ => TOLERANCE,
+        _ => TOLERANCE.max(f64::from(f32::EPSILON) * largest_bias(case)),
     }
+}
+
+/// The most that ALiBi takes from a score: weights inherit the rounding of a score of that size, and of a log-sum-exp.
+fn largest_bias(case: &Case) -> f64 {
+    let slopes = case.problem.scores.alibi_slopes.iter();
+    let slope = slopes
+        .flat_map(|all| all.iter())
+        .fold(0f32, |a, b| a.max(b.abs()));
+    let blocks = case.blocks.iter().flat_map(|of| &of.blocks);
+    let distances = blocks.map(|Block { queries, keys, .. }| {
+        let end = |rows: &Rows| rows.position(rows.count);
+        (end(queries) - keys.first_position).max(end(keys) - queries.first_position)
+    });
+    f64::from(slope) * distances.max().unwrap_or(0) as f64
 }
 
 #[test]
@@ -69,20 +84,16 @@ fn shared_rows_count_with_their_multiplicity() {
 fn blocks_that_write_the_same_rows_add_up() {
     let problem = problem(1, (1, 1), 16, (64, 512));
     let blocks = vec![(rows(0, 1, 64), rows(0, 1, 512)); 24];
-    check(&Case::new(problem, on_all_heads(&problem, &blocks)));
+    check(&Case::new(problem.clone(), on_all_heads(&problem, &blocks)));
 }
 
 #[test]
 fn query_heads_of_a_group_share_their_keys() {
     let mut case = tangled(causal(problem(2, (6, 2), 16, (150, 140))));
     case.blocks[0].kv_heads = vec![1];
-    case.blocks.push(HeadBlocks {
-        kv_heads: vec![0, 1],
-        blocks: vec![Block {
-            queries: rows(2, 4, 37),
-            keys: rows(1, 5, 28),
-        }],
-    });
+    let more = block(rows(2, 4, 37), rows(1, 5, 28));
+    let more = on_every_entry(&case.problem, vec![0, 1], vec![more]);
+    case.blocks.push(more);
     check(&case);
 }
 
@@ -114,19 +125,15 @@ fn dilated_segments_with_offsets_match_the_oracle() {
             rate,
             (length - offset).div_ceil(rate),
         );
-        Block {
-            queries: rows,
-            keys: rows,
-        }
+        block(rows, rows)
     };
     let blocks = (0..4)
-        .map(|head| HeadBlocks {
-            kv_heads: vec![head],
-            blocks: (0..4)
+        .map(|head| {
+            let blocks = (0..4)
                 .map(|i| segment(i, 1, 64, 0))
                 .chain((0..2).map(|i| segment(i, 2, 128, head % 2)))
-                .chain([segment(0, 4, 256, head)])
-                .collect(),
+                .chain([segment(0, 4, 256, head)]);
+            on_every_entry(&problem, vec![head], blocks.collect())
         })
         .collect();
     check(&Case::new(problem, blocks));
@@ -166,10 +173,8 @@ fn hops_add_up_to_one_call() {
         .iter()
         .rev()
         .map(|&block| {
-            vec![HeadBlocks {
-                kv_heads: vec![0, 1],
-                blocks: vec![block],
-            }]
+            let heads = vec![0, 1];
+            vec![on_every_entry(&case.problem, heads, vec![block])]
         })
         .collect();
     let hops: Vec<&[HeadBlocks]> = hops.iter().map(Vec::as_slice).collect();
@@ -182,7 +187,10 @@ fn rows_without_keys_are_zero_and_never_nan() {
     let problem = causal(problem(1, (1, 1), 8, (80, 40)));
     // The first 30 queries stand before every key; the last 10 are in no block.
     let block = (at(rows(0, 1, 70), -30, 1), rows(0, 1, 40));
-    let computed = check(&Case::new(problem, on_all_heads(&problem, &[block])));
+    let computed = check(&Case::new(
+        problem.clone(),
+        on_all_heads(&problem, &[block]),
+    ));
     let log_sum_exp = computed.log_sum_exp.as_f32().unwrap();
     for row in (0..30).chain(70..80) {
         assert_eq!(log_sum_exp[row], f32::NEG_INFINITY);
@@ -197,7 +205,7 @@ fn rows_without_keys_are_zero_and_never_nan() {
 fn queries_that_see_nothing_contribute_nothing_whatever_they_hold() {
     let problem = causal(problem(1, (1, 1), 8, (80, 40)));
     let block = (at(rows(0, 1, 80), -30, 1), rows(0, 1, 40));
-    let mut case = Case::new(problem, on_all_heads(&problem, &[block]));
+    let mut case = Case::new(problem.clone(), on_all_heads(&problem, &[block]));
     let clean = case.run(&OnDevice::new()).unwrap();
     case.poisoned = 30;
     let poisoned = case.run(&OnDevice::new()).unwrap();
@@ -228,7 +236,7 @@ fn results_are_the_same_bits_every_time() {
 #[test]
 fn results_are_rounded_to_the_asked_type() {
     let problem = problem(1, (1, 1), 4, (10, 10));
-    let case = full(problem);
+    let case = full(problem.clone());
     let operands = case.operands();
     let kernels = OnDevice::new();
     let exact = case.run(&kernels).unwrap().output;
@@ -266,7 +274,7 @@ fn packed_rows_give_the_same_bits_as_own_rows() {
             ..run
         });
         let in_slot: Vec<_> = slot_rows.iter().map(|&run| (rows(0, 1, 60), run)).collect();
-        let mut case = Case::new(problem, on_all_heads(&problem, &own));
+        let mut case = Case::new(problem.clone(), on_all_heads(&problem, &own));
         case.dtype = dtype;
         case.order = Order::RowsFirst;
         let expected = check(&case);

@@ -4,14 +4,17 @@ use cubecl::prelude::*;
 
 use super::super::super::table::*;
 use super::super::index::*;
+use super::super::scores::*;
 use super::fragments::*;
+use super::scores::*;
 use super::tiles::{arrive, fetch, fetch_both, rows_in_shared_memory};
 use super::work::*;
 
 /// Adds the blocks of a table to the state. A plane owns query rows: a row is in one block of the launch at most.
 ///
 /// A unit has parts of rows `group` and `group + 8` of each sixteen; the four units of a group have all of it together. Maxima
-/// are those of unscaled scores, since the scale is positive, until they are merged into the state.
+/// are those of unscaled products, since the scale is positive, until they are merged into the state; but those of scores where
+/// scores are more than scaled products.
 #[cube(launch)]
 pub(crate) fn forward<F: Float, N: Size>(
     query: &[Vector<F, N>],
@@ -24,10 +27,11 @@ pub(crate) fn forward<F: Float, N: Size>(
     scale: f32,
     minus_infinity: f32,
     #[comptime] tiling: Tiling,
+    #[comptime] options: Options,
     #[define(F)] _element: ElemType,
 ) {
     let work = work_of_query_head(table);
-    let own = own_queries(table, &work, tiling);
+    let own = own_queries(table, &work, tiling, options);
     let lane = lane(tiling);
     let keys_from = keys_at(table, KEY, &work, 1usize);
     let values_from = keys_at(table, VALUE, &work, 1usize);
@@ -52,7 +56,7 @@ pub(crate) fn forward<F: Float, N: Size>(
     fetch_both::<F, N>(
         (key, value),
         (&keys_from, &values_from),
-        0usize,
+        own.begin,
         key_count,
         (&mut keys, &mut values),
         0usize,
@@ -64,7 +68,7 @@ pub(crate) fn forward<F: Float, N: Size>(
     let held = hold::<F>(&queries, held_at, &lane, tiling);
 
     let halves = comptime!(2 * tiling.row_tiles);
-    let seen = seen_by_halves(table, &work, &own, tiling);
+    let ends = ends_of_halves(table, &work, &own, tiling);
     let mut sums = zeros(comptime!(tiling.row_tiles * tiling.head_dim / 8));
     let mut own_max = Array::<f32>::new(halves);
     let mut own_denominator = Array::<f32>::new(halves);
@@ -74,10 +78,17 @@ pub(crate) fn forward<F: Float, N: Size>(
         own_denominator[h] = 0.0f32;
     }
 
-    let exponent = scale * core::f32::consts::LOG2_E;
-    let tiles = own.most.div_ceil(tile_rows);
+    // What is left of the scale once products are scores.
+    let unit = if comptime!(options.scored()) {
+        1.0f32.runtime()
+    } else {
+        scale
+    };
+    let exponent = unit * core::f32::consts::LOG2_E;
+    let plane_first = own.first + own.plane_first;
+    let tiles = (own.end - own.begin).div_ceil(tile_rows);
     for t in 0..tiles {
-        let start = t * tile_rows;
+        let start = own.begin + t * tile_rows;
         let here = t % 2 * tile;
         if t > 0 {
             arrive(tiling);
@@ -96,9 +107,30 @@ pub(crate) fn forward<F: Float, N: Size>(
                 tiling,
             );
         }
+        let kept = kept_of_queries(table, &work, plane_first, own.last, start, tiling, options);
         let mut scores = row_products::<F>(&held, &queries, held_at, &keys, here, &lane, tiling);
-        if start + tile_rows > own.fewest {
-            hide(&mut scores, &seen, start, minus_infinity, false, tiling);
+        if start + tile_rows > own.first_end {
+            hide(&mut scores, &ends, start, minus_infinity, false, tiling);
+        }
+        if comptime!(options.windowed) {
+            if start < own.last_begin {
+                let begins = begins_of_halves(table, &work, &own, tiling, options);
+                hide(&mut scores, &begins, start, minus_infinity, true, tiling);
+            }
+        }
+        if comptime!(options.scored()) {
+            score_products(
+                &mut scores,
+                table,
+                &work,
+                plane_first,
+                own.last,
+                start,
+                scale,
+                minus_infinity,
+                tiling,
+                options,
+            );
         }
         soften(
             &mut scores,
@@ -109,7 +141,7 @@ pub(crate) fn forward<F: Float, N: Size>(
             minus_infinity,
             tiling,
         );
-        add_weighted_rows::<F>(&scores, &values, here, &mut sums, &lane, tiling);
+        add_weighted_rows::<F>(&scores, &kept, &values, here, &mut sums, &lane, tiling);
     }
 
     let state = queries_at(table, STATE, &work, work.head, 1usize);
@@ -127,7 +159,7 @@ pub(crate) fn forward<F: Float, N: Size>(
         let row = own.first + own.plane_first + row_of_half(h);
         if row < own.count && own_max[h] != minus_infinity {
             let at = state.start + row * state.stride;
-            let of_cube = own_max[h] * scale;
+            let of_cube = own_max[h] * unit;
             let after = larger(before[h], of_cube);
             let of_before = (before[h] - after).exp();
             let of_own = (of_cube - after).exp();

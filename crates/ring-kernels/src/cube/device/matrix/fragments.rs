@@ -12,6 +12,8 @@
 use cubecl::cmma::{MatrixIdent, MmaDefinition};
 use cubecl::prelude::*;
 
+use super::super::scores::choose;
+use super::scores::{Kept, if_kept};
 use super::work::Tiling;
 
 /// Elements of a register.
@@ -172,11 +174,12 @@ pub(crate) fn row_products<F: Float>(
     sums
 }
 
-/// Adds the rows of a tile, weighted: `sums += weights * tile`. Weights are laid out as [`row_products`] leaves its sums, and
-/// rounded; sums `r * head_dim / 8 + n` are eight columns `n` of sixteen rows `r`.
+/// Adds the rows of a tile, weighted: `sums += weights * tile`. Weights are laid out as [`row_products`] leaves its sums; those
+/// that are kept are rounded, others are 0. Sums `r * head_dim / 8 + n` are eight columns `n` of sixteen rows `r`.
 #[cube]
 pub(crate) fn add_weighted_rows<F: Float>(
     weights: &Fragments<f32>,
+    kept: &Kept,
     tile: &SharedRows<F>,
     tile_at: usize,
     sums: &mut Fragments<f32>,
@@ -194,8 +197,12 @@ pub(crate) fn add_weighted_rows<F: Float>(
             #[unroll]
             for half in 0..2usize {
                 let pairs = weights.index(comptime!(r * eights + 2 * k + half));
-                rounded[comptime!(2 * half)] = Vector::cast_from(pairs[0]);
-                rounded[comptime!(2 * half + 1)] = Vector::cast_from(pairs[1]);
+                #[unroll]
+                for h in 0..2usize {
+                    let (of_unit, column) = comptime!((2 * r + h, 4 * k + 2 * half));
+                    let pair = pair_if_kept(pairs[h], kept, of_unit, column);
+                    rounded[comptime!(2 * half + h)] = Vector::cast_from(pair);
+                }
             }
             lefts.push(rounded);
         }
@@ -209,6 +216,26 @@ pub(crate) fn add_weighted_rows<F: Float>(
                 multiply::<F>(lefts.index(r), &right, sums, first);
             }
         }
+    }
+}
+
+/// Columns `column` and `column + 1` of those of a unit for half `h`, each 0 if it is dropped.
+#[cube]
+fn pair_if_kept(
+    pair: Vector<f32, Pair>,
+    kept: &Kept,
+    #[comptime] h: usize,
+    #[comptime] column: usize,
+) -> Vector<f32, Pair> {
+    if comptime!(kept.len() == 1) {
+        let mut both = Vector::<f32, Pair>::empty();
+        #[unroll]
+        for i in 0..2usize {
+            both.insert(i, if_kept(kept, h, comptime!(column + i), pair.extract(i)));
+        }
+        both
+    } else {
+        pair
     }
 }
 
@@ -228,12 +255,6 @@ pub(crate) fn power_of_two(x: f32, #[comptime] tiling: Tiling) -> f32 {
 #[cube]
 pub(crate) fn larger(a: f32, b: f32) -> f32 {
     max(a, b)
-}
-
-/// One of two numbers.
-#[cube]
-pub(crate) fn choose(condition: bool, then: f32, otherwise: f32) -> f32 {
-    select(condition, then, otherwise)
 }
 
 /// The sum over the four units that share rows.

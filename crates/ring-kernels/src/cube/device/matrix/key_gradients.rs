@@ -4,7 +4,9 @@ use cubecl::prelude::*;
 
 use super::super::super::table::*;
 use super::super::index::*;
+use super::super::scores::*;
 use super::fragments::*;
+use super::scores::*;
 use super::tiles::{arrive, fetch, fetch_both, fetch_numbers, rows_in_shared_memory};
 use super::work::*;
 
@@ -53,6 +55,7 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
     minus_infinity: f32,
     #[comptime] tiling: Tiling,
     #[comptime] gradients: Gradients,
+    #[comptime] options: Options,
     #[define(F)] _element: ElemType,
 ) {
     let work = work_of_group(table);
@@ -69,13 +72,15 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
         first + plane_first + comptime!(tiling.plane_rows()) - 1,
         last,
     );
-    // The first key of the cube is seen by the most queries, the last of the plane by the fewest.
-    let earliest = either(
-        first < key_count,
-        first_seeing(table, work.record, least(first, last)),
-        query_count,
+    let seeing = seeing_queries(table, work.record, first, last, key_count, options);
+    // From where on queries see all keys of the plane, and up to where.
+    let last_begin = queries_begin(table, work.record, plane_last);
+    let first_end = queries_end(
+        table,
+        work.record,
+        least(first + plane_first, last),
+        options,
     );
-    let latest = first_seeing(table, work.record, plane_last) as u32;
 
     let tile = comptime!(tiling.tile_vectors());
     let mut keys = rows_in_shared_memory::<F>(comptime!(tiling.cube_vectors()));
@@ -106,14 +111,14 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
             tiling,
         );
     }
-    let tiles = (query_count - earliest).div_ceil(tile_rows);
+    let tiles = (seeing.end - seeing.begin).div_ceil(tile_rows);
     let all_tiles = group * tiles;
     if all_tiles > 0 {
         let heads = heads_of_member(table, &work, 0usize);
         fetch_both::<F, N>(
             (query, grad_output),
             (&heads.queries, &heads.grads),
-            earliest,
+            seeing.begin,
             query_count,
             (&mut queries, &mut grads),
             0usize,
@@ -123,7 +128,7 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
         fetch_numbers(
             log_sum_exp,
             &heads.state,
-            earliest,
+            seeing.begin,
             query_count,
             &mut log_sum_exps,
             0usize,
@@ -133,7 +138,7 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
         fetch_numbers(
             delta,
             &heads.state,
-            earliest,
+            seeing.begin,
             query_count,
             &mut deltas,
             0usize,
@@ -152,19 +157,25 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
     );
 
     let halves = comptime!(2 * tiling.row_tiles);
-    let mut seen_from = Array::<u32>::new(halves);
+    let mut begins = Array::<u32>::new(halves);
     #[unroll]
     for h in 0..halves {
         let row = least(first + plane_first + row_of_half(h), last);
-        seen_from[h] = first_seeing(table, work.record, row) as u32;
+        begins[h] = queries_begin(table, work.record, row) as u32;
     }
 
     let sums = comptime!(tiling.row_tiles * tiling.head_dim / 8);
     let mut key_sums = zeros(comptime!(if gradients.keys() { sums } else { 0 }));
     let mut value_sums = zeros(comptime!(if gradients.values() { sums } else { 0 }));
-    let exponent = scale * core::f32::consts::LOG2_E;
+    // What is left of the scale once products are scores.
+    let unit = if comptime!(options.scored()) {
+        1.0f32.runtime()
+    } else {
+        scale
+    };
+    let exponent = unit * core::f32::consts::LOG2_E;
     for u in 0..all_tiles {
-        let start = earliest + u % tiles * tile_rows;
+        let start = seeing.begin + u % tiles * tile_rows;
         let here = u % 2;
         let rows_here = here * tile;
         let numbers_here = here * tile_rows;
@@ -172,7 +183,7 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
             arrive(tiling);
         }
         if u + 1 < all_tiles {
-            let next = earliest + (u + 1) % tiles * tile_rows;
+            let next = seeing.begin + (u + 1) % tiles * tile_rows;
             let rows_there = tile - rows_here;
             let numbers_there = tile_rows - numbers_here;
             let heads = heads_of_member(table, &work, (u + 1) / tiles);
@@ -207,12 +218,39 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
                 tiling,
             );
         }
+        let head = work.head + u / tiles;
+        let kept = kept_of_keys(
+            table,
+            &work,
+            head,
+            first + plane_first,
+            last,
+            start,
+            tiling,
+            options,
+        );
+        let scoring = scoring(table, head, minus_infinity, options);
         let mut scores = row_products::<F>(
             &held_keys, &keys, rows_at, &queries, rows_here, &lane, tiling,
         );
-        if (start as u32) < latest {
-            hide(&mut scores, &seen_from, start, minus_infinity, true, tiling);
+        if start < last_begin {
+            hide(&mut scores, &begins, start, minus_infinity, true, tiling);
         }
+        if comptime!(options.windowed) {
+            if start + tile_rows > first_end {
+                let mut ends = Array::<u32>::new(halves);
+                #[unroll]
+                for h in 0..halves {
+                    let row = least(first + plane_first + row_of_half(h), last);
+                    ends[h] = queries_end(table, work.record, row, options) as u32;
+                }
+                hide(&mut scores, &ends, start, minus_infinity, false, tiling);
+            }
+        }
+        // Factors between the gradients of scores and those of products.
+        let mut factors = zeros(comptime!(
+            options.derivatives(tiling.row_tiles * tile_rows / 8)
+        ));
         let column = numbers_here + UNIT_POS_X as usize % 4 * 2;
         #[unroll]
         for n in 0..comptime!(tile_rows / 8) {
@@ -220,17 +258,42 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
             for i in 0..2usize {
                 let shift =
                     exponent_of(log_sum_exps[column + comptime!(8 * n + i)], minus_infinity);
+                let query = first_column(start) + comptime!(8 * n + i);
+                let query_place = place(table, work.record + QUERY_POSITION, query, options);
                 #[unroll]
                 for h in 0..halves {
-                    let fragment = scores.index_mut(comptime!(h / 2 * (tile_rows / 8) + n));
+                    let at = comptime!(h / 2 * (tile_rows / 8) + n);
+                    let fragment = scores.index_mut(at);
                     let mut pair = fragment[comptime!(h % 2)];
-                    pair.insert(i, power_of_two(pair.extract(i) * exponent - shift, tiling));
+                    let mut of_pair = pair.extract(i);
+                    if comptime!(options.scored()) {
+                        let key = clamped(first + plane_first + row_of_half(h), last);
+                        let key_place = place(table, work.record + KEY_POSITION, key, options);
+                        let scored =
+                            score(of_pair * scale, query_place, key_place, &scoring, options);
+                        of_pair = scored.value;
+                        if comptime!(options.softcap) {
+                            let of_fragment = factors.index_mut(at);
+                            let mut of_pair = of_fragment[comptime!(h % 2)];
+                            of_pair.insert(i, scored.derivative);
+                            of_fragment[comptime!(h % 2)] = of_pair;
+                        }
+                    }
+                    pair.insert(i, power_of_two(of_pair * exponent - shift, tiling));
                     fragment[comptime!(h % 2)] = pair;
                 }
             }
         }
         if comptime!(gradients.values()) {
-            add_weighted_rows::<F>(&scores, &grads, rows_here, &mut value_sums, &lane, tiling);
+            add_weighted_rows::<F>(
+                &scores,
+                &kept,
+                &grads,
+                rows_here,
+                &mut value_sums,
+                &lane,
+                tiling,
+            );
         }
         if comptime!(gradients.keys()) {
             let products = row_products::<F>(
@@ -253,12 +316,26 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
                         let product = products.index(at)[comptime!(h % 2)].extract(i);
                         let fragment = scores.index_mut(at);
                         let mut pair = fragment[comptime!(h % 2)];
-                        pair.insert(i, pair.extract(i) * (product * output_scale - of_row));
+                        let of_weight =
+                            if_kept(&kept, h, comptime!(2 * n + i), product * output_scale);
+                        let mut of_score = pair.extract(i) * (of_weight - of_row);
+                        if comptime!(options.softcap) {
+                            of_score *= factors.index(at)[comptime!(h % 2)].extract(i);
+                        }
+                        pair.insert(i, of_score);
                         fragment[comptime!(h % 2)] = pair;
                     }
                 }
             }
-            add_weighted_rows::<F>(&scores, &queries, rows_here, &mut key_sums, &lane, tiling);
+            add_weighted_rows::<F>(
+                &scores,
+                &all_kept(),
+                &queries,
+                rows_here,
+                &mut key_sums,
+                &lane,
+                tiling,
+            );
         }
     }
 

@@ -15,5 +15,6 @@ pub(crate) mod attention;
 pub(crate) mod fragments;
 pub(crate) mod key_gradients;
 pub(crate) mod query_gradients;
+mod scores;
 mod tiles;
 pub(crate) mod work;

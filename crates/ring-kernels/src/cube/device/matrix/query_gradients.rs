@@ -4,7 +4,9 @@ use cubecl::prelude::*;
 
 use super::super::super::table::*;
 use super::super::index::*;
+use super::super::scores::*;
 use super::fragments::*;
+use super::scores::*;
 use super::tiles::{arrive, fetch_both, rows_in_shared_memory};
 use super::work::*;
 
@@ -23,10 +25,11 @@ pub(crate) fn query_gradients<F: Float, N: Size>(
     output_scale: f32,
     minus_infinity: f32,
     #[comptime] tiling: Tiling,
+    #[comptime] options: Options,
     #[define(F)] _element: ElemType,
 ) {
     let work = work_of_query_head(table);
-    let own = own_queries(table, &work, tiling);
+    let own = own_queries(table, &work, tiling, options);
     let lane = lane(tiling);
     let keys_from = keys_at(table, KEY, &work, 1usize);
     let values_from = keys_at(table, VALUE, &work, 1usize);
@@ -53,7 +56,7 @@ pub(crate) fn query_gradients<F: Float, N: Size>(
     fetch_both::<F, N>(
         (key, value),
         (&keys_from, &values_from),
-        0usize,
+        own.begin,
         key_count,
         (&mut keys, &mut values),
         0usize,
@@ -63,7 +66,7 @@ pub(crate) fn query_gradients<F: Float, N: Size>(
 
     // The last row of the cube stands in for rows beyond it.
     let halves = comptime!(2 * tiling.row_tiles);
-    let seen = seen_by_halves(table, &work, &own, tiling);
+    let ends = ends_of_halves(table, &work, &own, tiling);
     let state = queries_at(table, STATE, &work, work.head, 1usize);
     let mut own_log_sum_exp = Array::<f32>::new(halves);
     let mut own_delta = Array::<f32>::new(halves);
@@ -79,11 +82,19 @@ pub(crate) fn query_gradients<F: Float, N: Size>(
     let held_queries = hold::<F>(&queries, rows_at, &lane, tiling);
     let held_grads = hold::<F>(&grads, rows_at, &lane, tiling);
 
+    let scoring = scoring(table, work.head, minus_infinity, options);
     let mut sums = zeros(comptime!(tiling.row_tiles * tiling.head_dim / 8));
-    let exponent = scale * core::f32::consts::LOG2_E;
-    let tiles = own.most.div_ceil(tile_rows);
+    // What is left of the scale once products are scores.
+    let unit = if comptime!(options.scored()) {
+        1.0f32.runtime()
+    } else {
+        scale
+    };
+    let exponent = unit * core::f32::consts::LOG2_E;
+    let plane_first = own.first + own.plane_first;
+    let tiles = (own.end - own.begin).div_ceil(tile_rows);
     for t in 0..tiles {
-        let start = t * tile_rows;
+        let start = own.begin + t * tile_rows;
         let here = t % 2 * tile;
         if t > 0 {
             arrive(tiling);
@@ -102,16 +113,25 @@ pub(crate) fn query_gradients<F: Float, N: Size>(
                 tiling,
             );
         }
+        let kept = kept_of_queries(table, &work, plane_first, own.last, start, tiling, options);
         let mut scores =
             row_products::<F>(&held_queries, &queries, rows_at, &keys, here, &lane, tiling);
-        if start + tile_rows > own.fewest {
-            hide(&mut scores, &seen, start, minus_infinity, false, tiling);
+        if start + tile_rows > own.first_end {
+            hide(&mut scores, &ends, start, minus_infinity, false, tiling);
+        }
+        if comptime!(options.windowed) {
+            if start < own.last_begin {
+                let begins = begins_of_halves(table, &work, &own, tiling, options);
+                hide(&mut scores, &begins, start, minus_infinity, true, tiling);
+            }
         }
         let products =
             row_products::<F>(&held_grads, &grads, rows_at, &values, here, &lane, tiling);
         #[unroll]
         for h in 0..halves {
             let shift = exponent_of(own_log_sum_exp[h], minus_infinity);
+            let row = clamped(plane_first + row_of_half(h), own.last);
+            let query_place = place(table, work.record + QUERY_POSITION, row, options);
             #[unroll]
             for n in 0..comptime!(tile_rows / 8) {
                 let fragment = comptime!(h / 2 * (tile_rows / 8) + n);
@@ -120,16 +140,34 @@ pub(crate) fn query_gradients<F: Float, N: Size>(
                 let mut gradient = Vector::<f32, Pair>::empty();
                 #[unroll]
                 for i in 0..2usize {
-                    let weight = power_of_two(score.extract(i) * exponent - shift, tiling);
-                    gradient.insert(
-                        i,
-                        weight * (product.extract(i) * output_scale - own_delta[h]),
+                    let column = comptime!(8 * n + i);
+                    let mut of_pair = score.extract(i);
+                    let mut factor = 1.0f32;
+                    if comptime!(options.scored()) {
+                        let key = first_column(start) + column;
+                        let key_place = place(table, work.record + KEY_POSITION, key, options);
+                        let scored =
+                            self::score(of_pair * scale, query_place, key_place, &scoring, options);
+                        of_pair = scored.value;
+                        factor = scored.derivative;
+                    }
+                    let weight = power_of_two(of_pair * exponent - shift, tiling);
+                    let of_weight = if_kept(
+                        &kept,
+                        h,
+                        comptime!(2 * n + i),
+                        product.extract(i) * output_scale,
                     );
+                    let mut of_score = weight * (of_weight - own_delta[h]);
+                    if comptime!(options.softcap) {
+                        of_score *= factor;
+                    }
+                    gradient.insert(i, of_score);
                 }
                 scores.index_mut(fragment)[comptime!(h % 2)] = gradient;
             }
         }
-        add_weighted_rows::<F>(&scores, &keys, here, &mut sums, &lane, tiling);
+        add_weighted_rows::<F>(&scores, &all_kept(), &keys, here, &mut sums, &lane, tiling);
     }
 
     #[unroll]

@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::super::super::table::*;
 use super::super::index::*;
+use super::super::scores::Options;
 
 /// How a cube divides its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -77,46 +78,79 @@ pub(crate) struct OwnQueries {
     pub(crate) last: usize,
     /// The first of the plane, counted from the first of the cube.
     pub(crate) plane_first: usize,
-    /// How many keys the last one sees: all others see as many or fewer.
-    pub(crate) most: usize,
-    /// How many keys the first one of the plane sees: all others of the plane see as many or more.
-    pub(crate) fewest: usize,
+    /// The first key that the first one sees; others begin there or later.
+    pub(crate) begin: usize,
+    /// The first key that the last one of the plane sees; others of the plane begin there or earlier.
+    pub(crate) last_begin: usize,
+    /// Behind the last key that the first one of the plane sees; others of the plane end there or later.
+    pub(crate) first_end: usize,
+    /// Behind the last key that the last one sees; others end there or earlier.
+    pub(crate) end: usize,
 }
 
 /// The queries of this cube. Later ones may see more: they begin first.
 #[cube]
-pub(crate) fn own_queries(table: &[u32], work: &Work, #[comptime] tiling: Tiling) -> OwnQueries {
+pub(crate) fn own_queries(
+    table: &[u32],
+    work: &Work,
+    #[comptime] tiling: Tiling,
+    #[comptime] options: Options,
+) -> OwnQueries {
     let rows = comptime!(tiling.cube_rows());
     let count = word(table, work.record + QUERY_COUNT);
     let first = distance(CUBE_POS_X + 1, CUBE_COUNT_X) * rows;
     let last = least(first + rows, count) - 1;
     let plane_first = UNIT_POS_Y as usize * comptime!(tiling.plane_rows());
+    let of_plane = least(first + plane_first, last);
+    let plane_last = least(of_plane + comptime!(tiling.plane_rows() - 1), last);
+    let of_cube = seen_keys(table, work.record, first, last, count, options);
     OwnQueries {
         count,
         first,
         last,
         plane_first,
-        most: either(first < count, visible(table, work.record, last), 0usize),
-        fewest: visible(table, work.record, least(first + plane_first, last)),
+        begin: of_cube.begin,
+        last_begin: keys_begin(table, work.record, plane_last, options),
+        first_end: keys_end(table, work.record, of_plane),
+        end: of_cube.end,
     }
 }
 
-/// How many keys the queries of each half of a unit see.
+/// Behind the last key that the queries of each half of a unit see.
 #[cube]
-pub(crate) fn seen_by_halves(
+pub(crate) fn ends_of_halves(
     table: &[u32],
     work: &Work,
     own: &OwnQueries,
     #[comptime] tiling: Tiling,
 ) -> Array<u32> {
     let halves = comptime!(2 * tiling.row_tiles);
-    let mut seen = Array::<u32>::new(halves);
+    let mut ends = Array::<u32>::new(halves);
     #[unroll]
     for h in 0..halves {
         let row = own.first + own.plane_first + row_of_half(h);
-        seen[h] = visible(table, work.record, least(row, own.last)) as u32;
+        ends[h] = keys_end(table, work.record, least(row, own.last)) as u32;
     }
-    seen
+    ends
+}
+
+/// The first key that the queries of each half of a unit see.
+#[cube]
+pub(crate) fn begins_of_halves(
+    table: &[u32],
+    work: &Work,
+    own: &OwnQueries,
+    #[comptime] tiling: Tiling,
+    #[comptime] options: Options,
+) -> Array<u32> {
+    let halves = comptime!(2 * tiling.row_tiles);
+    let mut begins = Array::<u32>::new(halves);
+    #[unroll]
+    for h in 0..halves {
+        let row = own.first + own.plane_first + row_of_half(h);
+        begins[h] = keys_begin(table, work.record, least(row, own.last), options) as u32;
+    }
+    begins
 }
 
 /// `to - from`.
