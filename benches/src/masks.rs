@@ -161,7 +161,10 @@ fn run(spec: &AttentionSpec) -> Times {
             work();
             let on_processor = thread_time() - on_processor;
             barrier(&communicator).expect("all ranks are there");
-            (start.elapsed(), on_processor)
+            Pass {
+                elapsed: start.elapsed(),
+                on_processor,
+            }
         };
         let mut output = None;
         let forward =
@@ -169,24 +172,30 @@ fn run(spec: &AttentionSpec) -> Times {
         let output = output.expect("it was computed");
         let backward =
             timed(&mut || drop(rank.backward(&output).expect("the backward pass succeeds")));
-        (forward, backward)
+        [forward, backward]
     });
-    let longest = |times: fn(&((Duration, Duration), (Duration, Duration))) -> Duration| {
-        of_ranks
-            .iter()
-            .map(times)
-            .max()
-            .unwrap_or_default()
-            .as_secs_f64()
+    let longest = |pass: usize| {
+        let times = of_ranks.iter().map(|passes| passes[pass].elapsed);
+        times.max().unwrap_or_default().as_secs_f64()
     };
+    let on_processor = |passes: &[Pass; 2]| passes.iter().map(|pass| pass.on_processor).sum();
     Times {
-        forward: longest(|times| times.0.0),
-        backward: longest(|times| times.1.0),
+        forward: longest(0),
+        backward: longest(1),
         of_ranks: of_ranks
             .iter()
-            .map(|(forward, backward)| (forward.1 + backward.1).as_secs_f64())
+            .map(on_processor)
+            .map(|time: Duration| time.as_secs_f64())
             .collect(),
     }
+}
+
+/// What a pass took on a rank.
+struct Pass {
+    /// Until all ranks were done.
+    elapsed: Duration,
+    /// For which its thread was on a processor.
+    on_processor: Duration,
 }
 
 fn thread_time() -> Duration {
