@@ -83,9 +83,10 @@ fn branches(
 /// Whether causality, window, documents and padding let a query see a key, whatever the branches.
 fn sees(spec: &AttentionSpec, entry: usize, n: i64, m: i64) -> bool {
     let window = spec.pattern.window();
+    let far = |bound: Option<u64>| bound.is_some_and(|bound| n.abs_diff(m) > bound);
     let hidden = (spec.pattern.is_causal() && m > n)
-        || window.left.is_some_and(|left| n - m > left as i64)
-        || window.right.is_some_and(|right| m - n > right as i64);
+        || (m < n && far(window.left))
+        || (m > n && far(window.right));
     let padding = spec
         .key_lengths
         .as_ref()

@@ -43,9 +43,8 @@ fn pairs(problem: &Problem, blocks: &[HeadBlocks]) -> Vec<Pair> {
                 for i in 0..block.queries.count {
                     for j in 0..block.keys.count {
                         let (n, m) = (block.queries.position(i), block.keys.position(j));
-                        if problem.mask.left.is_some_and(|left| n - m > left as i64)
-                            || problem.mask.right.is_some_and(|right| m - n > right as i64)
-                        {
+                        let far = |bound: Option<u64>| bound.is_some_and(|far| n.abs_diff(m) > far);
+                        if (m < n && far(problem.mask.left)) || (m > n && far(problem.mask.right)) {
                             continue;
                         }
                         let scores = &problem.scores;
