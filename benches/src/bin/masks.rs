@@ -86,12 +86,15 @@ fn lengths(missed: &mut Vec<String>) -> String {
         on_one("all", causal(), 32_768),
     ];
     let all_times = measure(&cases, REPETITIONS);
-    let mut first = None;
+    let mut first = 0.0;
     for (case, times) in cases.iter().zip(&all_times) {
         let length = case.spec.query_length;
         let (forward, backward) = medians(times);
         let position = (forward + backward) * 1e9 / length as f64;
-        let ratio = position / *first.get_or_insert(position);
+        if length == 8192 {
+            first = position;
+        }
+        let ratio = position / first;
         if case.name == "window" && ratio > LINEAR_BAR {
             missed.push(format!(
                 "a position of a window costs {ratio:.2} times as much at N = {length}"
@@ -110,7 +113,7 @@ fn lengths(missed: &mut Vec<String>) -> String {
     report
 }
 
-/// Lengths of documents that fill `length` positions, from 64 to about 4000, skewed to the short.
+/// Lengths of documents that fill `length` positions, from 64 to 4096 (the last one may be shorter), skewed to the short.
 fn documents(length: usize) -> Vec<usize> {
     let (mut lengths, mut left, mut state) = (Vec::new(), length, 7_u64);
     while left > 0 {

@@ -20,6 +20,8 @@ use std::sync::MutexGuard;
 
 /// Plans kept for reuse.
 const CACHED_PLANS: usize = 32;
+/// Of these, plans of one module that differ in the documents and the padding of the batch alone.
+const CACHED_BATCHES: usize = 2;
 
 /// What a sequence-parallel module needs to know beside its inputs: the group, how sequences are sharded over it, and the batch
 /// at hand: how long its sequences are, which documents they consist of, where they end. Cheap to clone.
@@ -108,10 +110,13 @@ impl Ring {
         })
     }
 
-    /// The same place, for self-attention over sequences of another length.
+    /// The same place, for self-attention over sequences of another length, without the documents, key lengths and query offset
+    /// of the batch before.
     #[must_use]
     pub fn with_sequence_length(self, sequence_length: usize) -> Self {
         Self {
+            documents: None,
+            key_lengths: None,
             query_length: sequence_length,
             key_length: sequence_length,
             key_sharding: self.query_sharding,
@@ -401,6 +406,23 @@ impl Ring {
             return Ok(plan);
         }
         let plan = Arc::new(Plan::new(spec, self.rank())?);
+        // What was planned for the documents and the padding of another batch will hardly be asked for again.
+        let without_batch = |spec: &AttentionSpec| AttentionSpec {
+            documents: None,
+            key_lengths: None,
+            ..spec.clone()
+        };
+        if without_batch(spec) != *spec {
+            let is_other_batch = |plan: &Arc<Plan>| {
+                let of_plan = without_batch(plan.spec());
+                of_plan != *plan.spec() && of_plan == without_batch(spec)
+            };
+            let others = plans.iter().filter(|plan| is_other_batch(plan)).count();
+            if others >= CACHED_BATCHES {
+                let oldest = plans.iter().position(is_other_batch);
+                oldest.map(|index| plans.remove(index));
+            }
+        }
         if plans.len() == CACHED_PLANS {
             plans.remove(0);
         }

@@ -124,16 +124,7 @@ impl Scores {
         if spec.dropout == 0.0 {
             return Ok(DropoutSeed::default());
         }
-        let limit = 1_u64 << 32;
-        let entries = ring.first_batch_entry().saturating_add(spec.shape.batch);
-        let streams = entries.saturating_mul(spec.shape.query_heads);
-        if streams as u64 > limit {
-            return Err(SpecError::DropoutCounter {
-                what: "the number of the last batch entry times query heads",
-                got: streams,
-                limit,
-            });
-        }
+        spec.check_first_entry(ring.first_batch_entry())?;
         Ok(DropoutSeed {
             seed: seed_of(ring.seed(), self.stream),
             first_entry: ring.first_batch_entry() as u32,

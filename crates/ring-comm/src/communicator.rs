@@ -286,14 +286,18 @@ impl<B: Buffer> Communicator<B> {
         value: u64,
     ) -> Result<u64, CommError> {
         let terms = Terms::new(topic, fields).encode();
-        match self.agreement(Fnv1a::of(&terms)) {
-            Some(known) => Ok(known.largest),
-            None => self.agree_on_terms(&terms, value),
+        let hash = Fnv1a::of(&terms);
+        if let Some(known) = self.agreement(hash) {
+            return Ok(known.largest);
         }
+        let largest = self.compare(&terms, hash, value)?;
+        self.remember(Agreement { hash, largest });
+        Ok(largest)
     }
 
-    /// As [`agree_once_on_largest`](Self::agree_once_on_largest), but compares even what the ranks agreed on before: for what may
-    /// differ from call to call, where a rank that is a call behind would come with something that was right then.
+    /// As [`agree_once_on_largest`](Self::agree_once_on_largest), but compares even what the ranks agreed on before, and `of_call`
+    /// with it (under names of its own), which is not remembered: for what may differ from call to call, where a rank that is a call behind would come
+    /// with something that was right then.
     ///
     /// # Errors
     /// As [`agree_once`](Self::agree_once).
@@ -301,14 +305,12 @@ impl<B: Buffer> Communicator<B> {
         &self,
         topic: &str,
         fields: &[(String, String)],
+        of_call: &[(String, String)],
         value: u64,
     ) -> Result<u64, CommError> {
-        self.agree_on_terms(&Terms::new(topic, fields).encode(), value)
-    }
-
-    fn agree_on_terms(&self, terms: &[u8], value: u64) -> Result<u64, CommError> {
-        let hash = Fnv1a::of(terms);
-        let largest = self.compare(terms, hash, value)?;
+        let terms = Terms::new(topic, &[fields, of_call].concat()).encode();
+        let largest = self.compare(&terms, Fnv1a::of(&terms), value)?;
+        let hash = Fnv1a::of(&Terms::new(topic, fields).encode());
         if self.agreement(hash).is_none() {
             self.remember(Agreement { hash, largest });
         }
@@ -461,6 +463,10 @@ mod tests {
         vec![("value".to_owned(), value.to_string())]
     }
 
+    fn seed(value: usize) -> Vec<(String, String)> {
+        vec![("seed".to_owned(), value.to_string())]
+    }
+
     #[test]
     fn clones_count_the_same_operations() {
         let communicator = Communicator::<HostBuffer>::single();
@@ -504,6 +510,38 @@ mod tests {
             (agree(value).unwrap(), agree(0).unwrap())
         });
         assert!(results.into_iter().all(|largest| largest == Ok((12, 12))));
+    }
+
+    #[test]
+    fn what_is_agreed_on_anew_is_compared_each_time() {
+        let results = Loopback::run::<HostBuffer, _>(3, Duration::from_secs(30), |endpoint| {
+            let communicator = Communicator::new(Arc::new(endpoint));
+            let value = 10 + communicator.rank() as u64;
+            let anew = |batch, of_call: usize, value| {
+                communicator.agree_anew_on_largest("forward", &fields(batch), &seed(of_call), value)
+            };
+            assert_eq!(anew(1, 5, value), Ok(12));
+            assert_eq!(anew(1, 6, value), Ok(12), "what is of the call may change");
+            assert_eq!(anew(2, 6, value), Ok(12));
+            let known = communicator.agree_once_on_largest("forward", &fields(2), 0);
+            assert_eq!(known, Ok(12), "remembered without what is of the call");
+            // Both were right before.
+            let behind = communicator.rank() == 1;
+            let error = anew(if behind { 1 } else { 2 }, 6, value).unwrap_err();
+            error.culprit()
+        });
+        assert!(results.into_iter().all(|culprit| culprit == Ok(1)));
+    }
+
+    #[test]
+    fn ranks_that_differ_in_what_is_of_a_call_are_told() {
+        let results = Loopback::run::<HostBuffer, _>(2, Duration::from_secs(30), |endpoint| {
+            let communicator = Communicator::new(Arc::new(endpoint));
+            let seed = seed(communicator.rank());
+            let error = communicator.agree_anew_on_largest("forward", &fields(1), &seed, 0);
+            error.unwrap_err().culprit()
+        });
+        assert!(results.into_iter().all(|culprit| culprit == Ok(1)));
     }
 
     #[test]

@@ -33,14 +33,26 @@ pub struct Inputs<'a, B: Buffer> {
     pub dropout: DropoutSeed,
 }
 
-/// What chooses the weights that dropout drops, beside heads and global positions: those are the same for any number of ranks
-/// if all ranks give the same seed.
+/// What chooses the weights that dropout drops, beside heads and global positions. All ranks must give the same; they compare it
+/// in every forward pass that drops.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DropoutSeed {
     /// The seed: another one for every training step, and every layer.
     pub seed: u64,
     /// What the first batch entry counts as, if batches are parts of a larger one.
     pub first_entry: u32,
+}
+
+impl DropoutSeed {
+    /// What ranks compare.
+    pub(crate) fn fields(self) -> Vec<(String, String)> {
+        [
+            ("dropout seed", self.seed.to_string()),
+            ("first batch entry", self.first_entry.to_string()),
+        ]
+        .map(|(name, value)| (name.to_string(), value))
+        .to_vec()
+    }
 }
 
 impl<B: Buffer> Clone for Inputs<'_, B> {
@@ -161,7 +173,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
             None => Pass::Forward,
             Some(_) => Pass::Backward,
         };
-        let capacity = check_plan(communicator, plan, pass)?;
+        let capacity = check_plan(communicator, plan, pass, dropout)?;
         let operation = of_forward.unwrap_or_else(|| communicator.next_operation());
         communicator.buffers().begin();
         let spec = plan.spec();

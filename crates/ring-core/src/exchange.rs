@@ -15,7 +15,7 @@ use ring_comm::{
 use ring_kernels::{KernelError, Kernels, Problem};
 
 use crate::{
-    driver::Inputs,
+    driver::{DropoutSeed, Inputs},
     error::Error,
     plan::Plan,
     schedule::{Parcel, ScheduledExchange},
@@ -313,6 +313,7 @@ pub(crate) fn check_plan<B: Buffer>(
     communicator: &Communicator<B>,
     plan: &Plan,
     pass: Pass,
+    dropout: DropoutSeed,
 ) -> Result<usize, Error> {
     let (rank, ranks) = (communicator.rank(), communicator.world_size());
     if (plan.rank(), plan.spec().world_size) != (rank, ranks) {
@@ -326,13 +327,23 @@ pub(crate) fn check_plan<B: Buffer>(
         return Err(error);
     }
     let largest = plan.schedule().largest_message() as u64;
-    let (fields, details) = (plan.spec().fields(), Details::default());
+    let (spec, fields) = (plan.spec(), &plan.schedule().fields);
+    spec.check_first_entry(dropout.first_entry as usize)
+        .map_err(Error::from)
+        .inspect_err(|error| tell_others(communicator, error))?;
+    // What may be another in every call is compared in every call.
+    let of_call = match spec.dropout {
+        0.0 => Vec::new(),
+        _ => dropout.fields(),
+    };
+    let anew = spec.is_of_one_batch() || !of_call.is_empty();
+    let details = Details::default();
     communicator
         .timed(Activity::Wait, "compare plans", details, || match pass {
-            Pass::Forward if plan.spec().is_of_one_batch() => {
-                communicator.agree_anew_on_largest("attention", &fields, largest)
+            Pass::Forward if anew => {
+                communicator.agree_anew_on_largest("attention", fields, &of_call, largest)
             }
-            _ => communicator.agree_once_on_largest("attention", &fields, largest),
+            _ => communicator.agree_once_on_largest("attention", fields, largest),
         })
         .map(|largest| largest as usize)
         .map_err(|source| Error::Comm {

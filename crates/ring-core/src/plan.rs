@@ -2,11 +2,12 @@
 //!
 //! A plan is a pure function of the computation and the rank. It is the one source for execution, for estimates and for
 //! simulation; every rank can derive every other rank's plan. Row sets are arithmetic progressions, so its size does not
-//! depend on the length of the sequence (for self-attention under contiguous or zigzag sharding).
+//! depend on the length of the sequence (for self-attention under contiguous or zigzag sharding); it grows with the number of
+//! documents packed into it, and of batch entries that have others.
 //!
 //! Rows go straight from their owner to whoever needs them: in the hop of distance `d`, rank `p` sends to `p + d` and receives
 //! from `p - d` (modulo the number of ranks). That needs no forwarding, moves each row once, and is the least number of bytes
-//! for every pattern; relaying from neighbour to neighbour would move rows through ranks that do not need them.
+//! for every pattern, as long as batch entries do not differ (a row that one of them needs travels for all); relaying from neighbour to neighbour would move rows through ranks that do not need them.
 
 use std::fmt;
 

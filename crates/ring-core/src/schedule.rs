@@ -14,6 +14,8 @@ use crate::plan::{Exchange, Message, Plan, Source, Step};
 #[derive(Clone, Debug)]
 pub(crate) struct Schedule {
     pub(crate) steps: Vec<ScheduledStep>,
+    /// What ranks compare.
+    pub(crate) fields: Vec<(String, String)>,
 }
 
 /// A [`Step`].
@@ -45,6 +47,7 @@ impl Schedule {
         let scheduled = |step| ScheduledStep::new(step, &problem);
         Self {
             steps: plan.steps().iter().map(scheduled).collect(),
+            fields: plan.spec().fields(),
         }
     }
 

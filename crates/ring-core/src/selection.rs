@@ -20,7 +20,7 @@ pub(crate) struct EntryClass {
     key_end: i64,
 }
 
-/// The entry classes of a computation, ordered by their first entry. There is one if entries do not differ, also of no entry.
+/// The entry classes of a computation, ordered by their first entry; none for an empty batch.
 pub(crate) fn entry_classes(spec: &AttentionSpec) -> Vec<EntryClass> {
     let key_end = |entry: usize| match &spec.key_lengths {
         Some(lengths) => lengths[entry],
@@ -30,7 +30,10 @@ pub(crate) fn entry_classes(spec: &AttentionSpec) -> Vec<EntryClass> {
         || spec
             .documents
             .as_ref()
-            .is_some_and(|documents| documents.lists() > 1);
+            .is_some_and(|documents| documents.lists() != 1);
+    if spec.shape.batch == 0 {
+        return Vec::new();
+    }
     if !differ {
         return vec![EntryClass {
             entries: (0..spec.shape.batch).collect(),
@@ -344,14 +347,10 @@ fn prune(
 ) -> Option<(Progression, Progression)> {
     let (first_query, last_query) = (queries.first()?, queries.last()?);
     let (first_key, last_key) = (keys.first()?, keys.last()?);
-    let before = |position: i64, bound: Option<u64>| match bound {
-        Some(bound) => position.saturating_sub_unsigned(bound),
-        None => i64::MIN / 2,
-    };
-    let after = |position: i64, bound: Option<u64>| match bound {
-        Some(bound) => position.saturating_add_unsigned(bound.saturating_add(1)),
-        None => i64::MAX,
-    };
+    // Positions are below 2^42 in size: what reaches further reaches all of them, and no sum overflows.
+    let far = |bound: Option<u64>| bound.map_or(1 << 50, |bound| bound.min(1 << 50) as i64);
+    let before = |position: i64, bound: Option<u64>| position - far(bound);
+    let after = |position: i64, bound: Option<u64>| position + far(bound) + 1;
     let queries = queries.clip(before(first_key, mask.right), after(last_key, mask.left));
     let keys = keys.clip(
         before(first_query, mask.left),

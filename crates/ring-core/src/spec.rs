@@ -89,8 +89,8 @@ pub enum SpecError {
         /// Query heads.
         query_heads: usize,
     },
-    /// A slope that is no number.
-    #[error("ALiBi slope {index} must be a finite number, it is {slope}")]
+    /// A slope that is no number, or that distances would make one of.
+    #[error("ALiBi slope {index} must be a number from -2^20 to 2^20, it is {slope}")]
     Slope {
         /// Index of the head.
         index: usize,
@@ -101,7 +101,7 @@ pub enum SpecError {
     #[error("the dropout must be in [0, 1), it is {0}")]
     Dropout(f32),
     /// More than the counter of dropout holds.
-    #[error("with dropout, {what} must be below {limit}, it is {got}")]
+    #[error("with dropout, {what} must be at most {limit}, it is {got}")]
     DropoutCounter {
         /// Which number.
         what: &'static str,
@@ -119,6 +119,9 @@ pub enum SpecError {
         world_size: usize,
     },
 }
+
+/// Largest ALiBi slope: times any distance it is a number.
+const MAX_SLOPE: f32 = 1_048_576.0;
 
 /// Sizes of heads and batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -427,7 +430,8 @@ impl AttentionSpec {
                     query_heads,
                 });
             }
-            if let Some(index) = slopes.iter().position(|slope| !slope.is_finite()) {
+            let sound = |slope: &f32| slope.abs() <= MAX_SLOPE;
+            if let Some(index) = slopes.iter().position(|slope| !sound(slope)) {
                 let slope = slopes[index];
                 return Err(SpecError::Slope { index, slope });
             }
@@ -476,6 +480,25 @@ impl AttentionSpec {
                 dropout: None,
             },
         }
+    }
+
+    /// Whether dropout can tell apart the entries of a batch that is part of a larger one, where its first entry counts as
+    /// `first_entry`.
+    ///
+    /// # Errors
+    /// [`SpecError::DropoutCounter`].
+    pub fn check_first_entry(&self, first_entry: usize) -> Result<(), SpecError> {
+        let limit = 1 << 32;
+        let entries = first_entry.saturating_add(self.shape.batch);
+        let got = entries.saturating_mul(self.shape.query_heads);
+        if self.dropout > 0.0 && got as u64 > limit {
+            return Err(SpecError::DropoutCounter {
+                what: "the number of the last batch entry times query heads",
+                got,
+                limit,
+            });
+        }
+        Ok(())
     }
 
     /// Whether it holds for one batch alone, because of its documents or padding. Ranks compare such computations in every forward

@@ -74,7 +74,9 @@ impl Mask {
 pub struct Scores {
     /// Bound on the scores, positive.
     pub softcap: Option<f32>,
-    /// ALiBi's slope of every query head (arXiv 2108.12409). They are constants: they get no gradient.
+    /// ALiBi's slope of every query head (arXiv 2108.12409), from -2^20 to 2^20. They are constants: they get no gradient. Scores
+    /// and log-sum-exp are f32: where the nearest key that a query sees is so far that they are large, weights inherit their
+    /// rounding (a log-sum-exp of 1000 is known to 6e-5).
     pub alibi_slopes: Option<Arc<[f32]>>,
     /// Which weights count as 0 when values are summed. Softmax's denominator counts them; the factor `1 / (1 - probability)` on
     /// the others is part of the `output_scale` that kernels are given.

@@ -55,6 +55,9 @@ pub(crate) fn problem(problem: &Problem) -> Result<Sizes, KernelError> {
     })
 }
 
+/// Largest ALiBi slope: times any distance it is a number that no other number hides in.
+const MAX_SLOPE: f32 = 1_048_576.0;
+
 /// Checks what scores go through.
 fn scores(problem: &Problem) -> Result<(), KernelError> {
     let Scores {
@@ -77,8 +80,10 @@ fn scores(problem: &Problem) -> Result<(), KernelError> {
             problem.query_heads
         ));
     }
-    match slopes.iter().find(|slope| !slope.is_finite()) {
-        Some(slope) => invalid(format!("an ALiBi slope is {slope}; slopes are finite")),
+    match slopes.iter().find(|slope| !(slope.abs() <= MAX_SLOPE)) {
+        Some(slope) => invalid(format!(
+            "an ALiBi slope is {slope}; slopes are numbers from -2^20 to 2^20"
+        )),
         None => Ok(()),
     }
 }

@@ -18,7 +18,8 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    /// Dropout with `probability` in `[0, 1)`, rounded to a multiple of 2^-32.
+    /// Dropout with `probability`, which must be in `[0, 1)` (others are taken for the nearest of them), rounded down to a multiple
+    /// of 2^-32.
     pub fn new(probability: f32, seed: u64, first_entry: u32) -> Self {
         Self {
             threshold: (f64::from(probability) * 2_f64.powi(32)) as u32,
@@ -34,7 +35,8 @@ impl Dropout {
         draws[key.rem_euclid(4) as usize] >= self.threshold
     }
 
-    /// What tells the (batch entry, query head) pairs of a computation apart.
+    /// What tells the (batch entry, query head) pairs of a computation apart, as long as there are at most 2^32, entries counted
+    /// from `first_entry`'s 0.
     pub fn stream(&self, entry: usize, query_heads: usize, query_head: usize) -> u32 {
         (self.first_entry.wrapping_add(entry as u32))
             .wrapping_mul(query_heads as u32)
@@ -50,8 +52,8 @@ impl Dropout {
 /// The generator's counter: four neighbouring keys, which begin at a multiple of 4, have it in common and take one word each of
 /// what it yields.
 ///
-/// Positions are below 2^40 in size, so 42 bits hold them with their sign; there are 38 of a quarter of the key's, and 16 of the
-/// branch.
+/// Positions are below 2^41 in size (keys below 2^40), so 42 bits hold them with their sign; there are 38 of a quarter of the key's,
+/// and 16 of the branch.
 pub(crate) fn counter(stream: u32, branch: u32, query: i64, key: i64) -> [u32; 4] {
     let keys = key.div_euclid(4);
     let query_high = (query >> 32) as u32 & 0x3ff;
@@ -121,7 +123,7 @@ mod tests {
     fn counters_of_different_pairs_differ() {
         let mut seen = std::collections::HashSet::new();
         let far = 1_i64 << 40;
-        for query in [-far, -1, 0, 1, 1 << 32, far - 1] {
+        for query in [-2 * far, -far, -1, 0, 1, 1 << 32, far, 2 * far - 1] {
             for keys in [0, 1, 1 << 30, 1 << 32, (far >> 2) - 1] {
                 for (stream, branch) in [(0, 0), (1, 0), (0, 1), (0, 65_535)] {
                     let key = 4 * keys;

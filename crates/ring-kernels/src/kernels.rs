@@ -78,6 +78,11 @@ pub enum KernelError {
 /// forward `O = sum_m M exp(S - L) V`; backward with `Delta = dO . O - dL`, `P = M exp(S - L)`:
 /// `dV = P^T dO`, `dS = P * (dO V^T - Delta)`, `dQ = scale dS K`, `dK = scale dS^T Q`.
 /// A row with `L = -inf` contributes nothing.
+///
+/// With [`Scores`](crate::Scores): `S = scale * Q K^T` goes through softcap and ALiBi first, and `dS` is multiplied by the softcap's
+/// derivative. With dropout, `P` is 0 where it is multiplied by `V` (and `dO V^T` where it is subtracted from) for weights that are
+/// dropped, not in `L`; the factor `1 / (1 - probability)` on the others must be in the `output_scale` that `finish` and `backward` are
+/// given.
 pub trait Kernels<B: Buffer>: Send + Sync {
     /// A zeroed buffer of `len` elements; takes over the memory of `reuse` where that serves.
     ///

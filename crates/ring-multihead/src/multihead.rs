@@ -309,7 +309,9 @@ impl MultiheadDilatedAttention {
             });
         }
         let keys = (ring.key_sharding(), ring.key_length());
-        if keys != (ring.sharding(), ring.sequence_length()) || ring.query_offset().is_some() {
+        if keys != (ring.sharding(), ring.sequence_length())
+            || ring.query_offset().is_some_and(|offset| offset != 0)
+        {
             return Err(RingError::Value(
                 "self-attention has its keys where its queries are, but the ring has keys of another sharding or length, or a query offset"
                     .into(),

@@ -27,7 +27,11 @@ fn any_pattern() -> impl Strategy<Value = Pattern> {
         Pattern::dilated(&lengths, &rates).unwrap()
     });
     let base = prop_oneof![1 => Just(Pattern::full()), 4 => dilated];
-    let bound = || prop::option::weighted(0.3, 0_u64..60);
+    let any_bound = prop_oneof![
+        6 => 0_u64..60,
+        1 => prop::sample::select(vec![1 << 41, i64::MAX as u64, u64::MAX]),
+    ];
+    let bound = || prop::option::weighted(0.3, any_bound.clone());
     let window = (bound(), bound());
     (base, any::<bool>(), any::<bool>(), window).prop_map(|(pattern, causal, blocked, window)| {
         let (left, right) = window;
@@ -124,7 +128,7 @@ impl Extras {
 /// Any computation of up to `max_length` positions on up to 8 ranks: ragged lengths, empty shards, cross-attention.
 pub(crate) fn any_spec(max_length: usize) -> impl Strategy<Value = AttentionSpec> {
     let heads = (1_usize..6, 1_usize..3);
-    let entries = (1_usize..4)
+    let entries = (0_usize..4)
         .prop_flat_map(|batch| any_extras(batch).prop_map(move |extras| (batch, extras)));
     let lengths = prop_oneof![
         2 => (0..max_length).prop_map(|length| (length, length)),

@@ -273,7 +273,7 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
                 scratch.delta[i] = pass.delta[row] * pass.problem.scale;
             }
         }
-        scratch.grad_query.fill(0.0);
+        scratch.grad_query[..queries.count * self.strides.numbers].fill(0.0);
         let for_keys = task.grad_key_value.is_some();
         for (tile, queries) in tiles(*queries, QUERY_TILE).enumerate() {
             self.pack_queries(tile, pass.query, head, &queries, for_keys, false);
@@ -345,8 +345,9 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
     ) {
         self.pack_keys((task.batch, task.kv_head), keys, task.grad_query.is_some());
         let scratch = &mut self.scratch;
-        scratch.grad_key.fill(0.0);
-        scratch.grad_value.fill(0.0);
+        let used = keys.count * self.strides.numbers;
+        scratch.grad_key[..used].fill(0.0);
+        scratch.grad_value[..used].fill(0.0);
         for (tile, queries) in tiles(*queries, QUERY_TILE).enumerate() {
             if let Some(sight) = Sight::new(self.pass.problem.mask, F::DEPTH, &queries, keys) {
                 self.weights(tile, &sight, weighting);

@@ -9,7 +9,7 @@ use std::ops::Range;
 use ring_comm::buffer::{Buffer, HostBuffer};
 
 use super::check;
-use super::rows::range_len;
+use super::rows::{blocks_of, range_len};
 use super::rows_mut::RowsMut;
 use crate::{HeadBlocks, KernelError, KeyValueGradient, Problem, RowLayout};
 
@@ -181,7 +181,11 @@ impl Iterator for Heads<'_> {
         while self.next < self.problem.batch * kv_heads {
             let (batch, kv_head) = (self.next / kv_heads, self.next % kv_heads);
             self.next += 1;
-            let keys = check::key_rows(self.blocks, kv_head);
+            let has_keys = blocks_of(self.blocks, batch, kv_head).any(|block| block.keys.count > 0);
+            let keys = match has_keys {
+                true => check::key_rows(self.blocks, kv_head),
+                false => 0,
+            };
             if keys > 0 {
                 return Some(Head {
                     batch,

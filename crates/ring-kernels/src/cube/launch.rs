@@ -1,5 +1,7 @@
 //! Launches within the limits of the device.
 
+use std::cmp::Reverse;
+
 use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
 use cubecl::server::Handle;
 use ring_comm::buffer::{Buffer, DType};
@@ -126,15 +128,26 @@ impl Launcher {
         rows_of_cube: usize,
         rows: impl Fn(&Record) -> u32,
     ) -> Result<Vec<Launch>, KernelError> {
-        let most = records.iter().map(rows).max().unwrap_or(0);
-        let cubes = most.div_ceil(rows_of_cube as u32);
-        if cubes > self.most_cubes.0 {
-            return Err(KernelError::Invalid(format!(
-                "a block of {most} rows takes {cubes} cubes, the device launches at most {}",
-                self.most_cubes.0
-            )));
+        let cubes_of = |record: &Record| rows(record).div_ceil(rows_of_cube as u32);
+        let mut sorted = records.to_vec();
+        sorted.sort_by_key(|record| Reverse(cubes_of(record)));
+        let mut launches = Vec::new();
+        let mut rest = sorted.as_slice();
+        // Every record gets as many cubes as the first one of its launch: much smaller ones have a launch of their own.
+        while let Some(cubes) = rest.first().map(cubes_of).filter(|&cubes| cubes > 0) {
+            if cubes > self.most_cubes.0 {
+                let most = rows(&rest[0]);
+                return Err(KernelError::Invalid(format!(
+                    "a block of {most} rows takes {cubes} cubes, the device launches at most {}",
+                    self.most_cubes.0
+                )));
+            }
+            let alike = rest.partition_point(|record| cubes_of(record) > cubes / 8);
+            let (now, later) = rest.split_at(alike);
+            launches.extend(self.launches(table, now, cubes, depth)?);
+            rest = later;
         }
-        self.launches(table, records, cubes, depth)
+        Ok(launches)
     }
 
     /// Launches that do `records` for `depth` batch entries, where units take any number of elements. `elements` tells how many

@@ -10,8 +10,13 @@ use crate::Rows;
 pub(super) fn waves(heads: usize, sets: impl Iterator<Item = (usize, Rows)>) -> Vec<Vec<usize>> {
     let mut waves: Vec<Vec<usize>> = Vec::new();
     let mut placed: Vec<Vec<(Rows, usize)>> = vec![Vec::new(); heads];
+    // Behind the last row of those that are placed.
+    let mut ends = vec![0; heads];
     for (index, (head, rows)) in sets.enumerate() {
-        let before = placed[head].iter();
+        // Mostly sets ascend, and there may be many: those behind all others meet none of them.
+        let is_behind = rows.first_row >= ends[head];
+        let others = if is_behind { 0 } else { placed[head].len() };
+        let before = placed[head][..others].iter();
         let wave = before
             .filter(|(other, _)| share_a_row(other, &rows))
             .map(|&(_, wave)| wave + 1)
@@ -21,6 +26,9 @@ pub(super) fn waves(heads: usize, sets: impl Iterator<Item = (usize, Rows)>) -> 
             waves.push(Vec::new());
         }
         waves[wave].push(index);
+        if let Some(last) = rows.count.checked_sub(1) {
+            ends[head] = ends[head].max(rows.row(last) + 1);
+        }
         placed[head].push((rows, wave));
     }
     waves

@@ -89,8 +89,8 @@ pub(crate) fn score(
     let mut derivative = 1.0f32;
     if comptime!(options.softcap) {
         let bounded = tanh(product / scoring.softcap);
-        value = bounded * scoring.softcap;
-        derivative = 1.0f32 - bounded * bounded;
+        value = bounded.value * scoring.softcap;
+        derivative = bounded.derivative;
     }
     if comptime!(options.slopes) {
         value -= scoring.slope * distance(query, key);
@@ -108,9 +108,10 @@ fn distance(a: u32, b: u32) -> f32 {
     f32::cast_from(min(ahead, b - a))
 }
 
-/// The hyperbolic tangent, within a few units in the last place also near 0, where devices are not so exact.
+/// The hyperbolic tangent and its derivative, within a few units in the last place also near 0, where devices are not so exact, and
+/// where the derivative is almost 0.
 #[cube]
-fn tanh(x: f32) -> f32 {
+fn tanh(x: f32) -> Score {
     let size = x.abs();
     // Near 0 a polynomial: the coefficients are those of Cephes' tanhf.
     let square = x * x;
@@ -122,7 +123,12 @@ fn tanh(x: f32) -> f32 {
     let near = x + x * square * polynomial;
     let power = (size * -2.0f32).exp();
     let far = (1.0f32 - power) / (1.0f32 + power);
-    choose(size < 0.625f32, near, choose(x < 0.0f32, -far, far))
+    let is_near = size < 0.625f32;
+    let far_derivative = 4.0f32 * power / ((1.0f32 + power) * (1.0f32 + power));
+    Score {
+        value: choose(is_near, near, choose(x < 0.0f32, -far, far)),
+        derivative: choose(is_near, 1.0f32 - near * near, far_derivative),
+    }
 }
 
 /// One of two numbers.

@@ -125,6 +125,60 @@ fn softcap_is_exact_for_scores_of_every_size() {
     }
 }
 
+#[test]
+fn tiles_that_no_query_sees_are_not_computed_with() {
+    check_unseen_tiles(8, DType::F32);
+}
+
+/// NaN in keys and values that are far from what any query sees changes no bit, but the gradients of these keys, which are 0.
+#[track_caller]
+pub(super) fn check_unseen_tiles(head_dim: usize, dtype: DType) {
+    let mut problem = problem(1, (1, 1), head_dim, (100, 1000));
+    problem.mask = window(Some(30), Some(10));
+    // The queries see keys 470 to 609.
+    let block = (at(rows(0, 1, 100), 500, 1), rows(0, 1, 1000));
+    let mut case = Case::new(problem.clone(), on_all_heads(&problem, &[block]));
+    case.dtype = dtype;
+    let clean = case.operands();
+    let mut poisoned = case.operands();
+    for operand in [&mut poisoned.key, &mut poisoned.value] {
+        let mut numbers: Vec<f32> = operand.exact.iter().map(|&x| x as f32).collect();
+        numbers[..320 * head_dim].fill(f32::NAN);
+        numbers[768 * head_dim..].fill(f32::NAN);
+        operand.buffer = rounded(numbers, dtype);
+    }
+    let run = |operands: &Operands| case.run_with(&OnDevice::new(), operands, &[&case.blocks]);
+    assert_eq!(run(&poisoned).unwrap(), run(&clean).unwrap());
+}
+
+/// Two keys, of which one has score 0: the gradient of a query is the derivative of the softcap times what the weights give.
+#[test]
+fn the_gradient_of_softcap_is_exact_where_it_is_almost_0() {
+    let queries: Vec<f32> = (-48..=48).map(|i| i as f32 / 4.0).collect();
+    let count = queries.len();
+    let mut problem = problem(1, (1, 1), 1, (count, 2));
+    problem.scores.softcap = Some(1.0);
+    let case = full(problem);
+    let mut operands = case.operands();
+    let of = |numbers: Vec<f32>| HostBuffer::F32(numbers);
+    operands.query.buffer = of(queries.clone());
+    operands.key.buffer = of(vec![1.0, 0.0]);
+    operands.value.buffer = of(vec![1.0, 0.0]);
+    operands.grad_output.buffer = of(vec![1.0; count]);
+    operands.grad_output.exact = vec![1.0; count];
+    operands.grad_log_sum_exp = of(vec![0.0; count]);
+    let computed = case
+        .run_with(&OnDevice::new(), &operands, &[&case.blocks])
+        .unwrap();
+    for (got, query) in computed.grad_query.as_f32().unwrap().iter().zip(queries) {
+        let query = f64::from(query);
+        let weight = 1.0 / (1.0 + (-query.tanh()).exp());
+        let expected = weight * (1.0 - weight) / query.cosh().powi(2);
+        let error = (f64::from(*got) - expected).abs() / expected;
+        assert!(error < 5e-6, "{query}: {got} is off by {error:e}");
+    }
+}
+
 /// Rows of a unit matrix, or of ones.
 fn unit_rows(rows: usize, ones: bool, dtype: DType) -> HostBuffer {
     let element = |at| {
