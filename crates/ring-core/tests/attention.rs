@@ -390,9 +390,18 @@ fn bytes_on_the_wire_are_the_lower_bound_for_longnet() {
 
 #[test]
 fn bf16_inputs_are_rounded_once_at_the_end() {
-    for ranks in [1, 4] {
+    for (ranks, with_options) in [(1, false), (4, false), (1, true), (4, true)] {
         let pattern = Pattern::dilated(&[32, 64], &[1, 2]).unwrap().causal();
-        let spec = spec(pattern, 96, Sharding::Zigzag, ranks).with_dtype(DType::BF16);
+        let mut spec = spec(pattern, 96, Sharding::Zigzag, ranks).with_dtype(DType::BF16);
+        if with_options {
+            spec = spec
+                .with_documents(Documents::per_entry(vec![vec![30, 66], vec![80, 16]]))
+                .and_then(|spec| spec.with_key_lengths(vec![90, 96]))
+                .and_then(|spec| spec.with_softcap(2.0))
+                .and_then(|spec| spec.with_alibi_slopes(vec![0.1, 0.02, 0.05, 0.0]))
+                .and_then(|spec| spec.with_dropout(0.3))
+                .unwrap();
+        }
         let mut whole = Whole::random(&spec);
         for tensor in [
             &mut whole.query,
