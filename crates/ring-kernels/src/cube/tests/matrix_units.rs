@@ -306,7 +306,7 @@ fn dropped_are_the_weights_that_the_definition_drops() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: RANDOM_CASES, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn random_blocks_match_the_oracle(case in any_case(&HALVES), sixteens in 1usize..5) {
