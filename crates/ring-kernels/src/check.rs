@@ -80,7 +80,8 @@ fn scores(problem: &Problem) -> Result<(), KernelError> {
             problem.query_heads
         ));
     }
-    match slopes.iter().find(|slope| !(slope.abs() <= MAX_SLOPE)) {
+    let is_sound = |slope: &&f32| slope.abs() <= MAX_SLOPE;
+    match slopes.iter().find(|slope| !is_sound(slope)) {
         Some(slope) => invalid(format!(
             "an ALiBi slope is {slope}; slopes are numbers from -2^20 to 2^20"
         )),

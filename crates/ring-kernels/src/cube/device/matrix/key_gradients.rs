@@ -60,7 +60,6 @@ pub(crate) fn key_gradients<F: Float, N: Size>(
 ) {
     let work = work_of_group(table);
     let group = word(table, GROUP);
-    let query_count = word(table, work.record + QUERY_COUNT);
     let lane = lane(tiling);
 
     let (cube_rows, tile_rows) = comptime!((tiling.cube_rows(), tiling.tile_rows));
