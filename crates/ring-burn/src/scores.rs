@@ -1,6 +1,7 @@
 //! What scores and weights go through, as configurations say it: window, scale, softcap, ALiBi, dropout.
 
 use ring_core::{AttentionSpec, DropoutSeed, Pattern, Shape, SpecError};
+use ring_kernels::philox;
 
 use crate::{error::RingError, ring::Ring};
 
@@ -134,16 +135,10 @@ impl Scores {
 
 /// The seed of a layer: what `seed` is for the model, `stream` tells the layers apart.
 fn seed_of(seed: u64, stream: u32) -> u64 {
-    // Mixed before the stream is added too: otherwise layer 1 of step s would drop as layer 0 of a later step.
-    mix(mix(seed).wrapping_add(u64::from(stream)))
-}
-
-/// SplitMix64: a step of its sequence, and its finaliser (Steele et al., OOPSLA 2014). One to one.
-fn mix(seed: u64) -> u64 {
-    let mut bits = seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    bits = (bits ^ (bits >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    bits = (bits ^ (bits >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    bits ^ (bits >> 31)
+    // No counter of the model's other dropout has these words.
+    let counter = [stream, u32::MAX, u32::MAX, u32::MAX];
+    let [low, high, ..] = philox(counter, [seed as u32, (seed >> 32) as u32]);
+    u64::from(low) | u64::from(high) << 32
 }
 
 #[cfg(test)]
@@ -165,22 +160,6 @@ mod tests {
         ]
         .concat();
         assert_eq!(alibi_slopes(12), expected);
-    }
-
-    #[test]
-    fn mix_is_splitmix64() {
-        // The first numbers that the reference implementation draws from seed 1234567.
-        let step = 0x9E37_79B9_7F4A_7C15_u64;
-        let drawn =
-            [0, 1, 2].map(|index: u64| mix(1_234_567_u64.wrapping_add(index.wrapping_mul(step))));
-        assert_eq!(
-            drawn,
-            [
-                6_457_827_717_110_365_317,
-                3_203_168_211_198_807_973,
-                9_817_491_932_198_370_423
-            ]
-        );
     }
 
     #[test]

@@ -52,6 +52,7 @@ struct Whole {
     value: Vec<f32>,
     grad_output: Vec<f32>,
     grad_log_sum_exp: Vec<f32>,
+    seed: DropoutSeed,
 }
 
 impl Whole {
@@ -76,6 +77,7 @@ impl Whole {
             value: numbers(key_rows * head_dim, 3),
             grad_output: numbers(query_rows * head_dim, 4),
             grad_log_sum_exp: numbers(query_rows, 5),
+            seed: SEED,
         }
     }
 
@@ -89,7 +91,7 @@ impl Whole {
                 value: &wide(&self.value),
                 grad_output: Some(&wide(&self.grad_output)),
                 grad_log_sum_exp: Some(&wide(&self.grad_log_sum_exp)),
-                dropout: SEED,
+                dropout: self.seed,
             },
         )
     }
@@ -229,7 +231,7 @@ fn run_rank_on(
             data: view(&value),
             layout: &key_layout,
         },
-        dropout: SEED,
+        dropout: whole.seed,
     };
     let before = communicator.traffic().bytes_received;
     let result = forward(kernels, communicator, &plan, inputs)?;
@@ -421,14 +423,10 @@ fn bf16_inputs_are_rounded_once_at_the_end() {
     }
 }
 
-#[test]
-fn the_number_of_ranks_and_the_sharding_change_only_the_rounding() {
-    let pattern = Pattern::dilated(&[24, 48, 200], &[1, 3, 5])
-        .unwrap()
-        .causal();
-    let base = spec(pattern.clone(), 150, Sharding::Contiguous, 1);
-    let whole = Whole::random(&base);
-    let expected = whole.oracle(&base);
+/// On every number of ranks, with every sharding, the results are those of the oracle.
+fn assert_everywhere(base: &AttentionSpec) {
+    let whole = Whole::random(base);
+    let expected = whole.oracle(base);
     for ranks in 1..=8 {
         for sharding in [
             Sharding::Contiguous,
@@ -437,10 +435,19 @@ fn the_number_of_ranks_and_the_sharding_change_only_the_rounding() {
                 chunk_size: Some(7),
             },
         ] {
-            let spec = spec(pattern.clone(), 150, sharding, ranks);
+            let spec = base.clone().sharded(sharding, ranks).unwrap();
             assert_close(&spec, &run(&spec, &whole, 1), &expected, 2e-5);
         }
     }
+}
+
+#[test]
+fn the_number_of_ranks_and_the_sharding_change_only_the_rounding() {
+    let pattern = Pattern::dilated(&[24, 48, 200], &[1, 3, 5])
+        .unwrap()
+        .causal();
+    let base = spec(pattern, 150, Sharding::Contiguous, 1);
+    assert_everywhere(&base);
 }
 
 /// Everything at once, on every number of ranks.
@@ -460,20 +467,7 @@ fn masks_scores_and_dropout_do_not_depend_on_ranks_and_sharding() {
         .and_then(|spec| spec.with_alibi_slopes(vec![0.1, 0.02, 0.5, 0.0]))
         .and_then(|spec| spec.with_dropout(0.3))
         .unwrap();
-    let whole = Whole::random(&base);
-    let expected = whole.oracle(&base);
-    for ranks in 1..=8 {
-        for sharding in [
-            Sharding::Contiguous,
-            Sharding::Zigzag,
-            Sharding::Striped {
-                chunk_size: Some(7),
-            },
-        ] {
-            let spec = base.clone().sharded(sharding, ranks).unwrap();
-            assert_close(&spec, &run(&spec, &whole, 1), &expected, 2e-5);
-        }
-    }
+    assert_everywhere(&base);
 }
 
 /// Weights of a pair are read off by values that are one-hot: which are 0 is the mask.
@@ -569,6 +563,7 @@ fn a_rank_that_fails_before_its_backward_is_named_by_all() {
                 whole.grad_output.clone()
             },
             grad_log_sum_exp: whole.grad_log_sum_exp.clone(),
+            seed: whole.seed,
         };
         run_rank(&spec, &shorter, &communicator, 1).err().unwrap()
     });
@@ -701,6 +696,40 @@ fn a_rank_that_is_a_batch_behind_is_told_at_once() {
         assert_eq!(source.culprit(), 1);
         let text = source.to_string();
         assert!(text.contains("documents = 10,20"), "{text}");
+    }
+}
+
+#[test]
+fn a_rank_that_drops_by_another_seed_or_entry_is_told() {
+    let spec = spec(Pattern::full(), 30, Sharding::Contiguous, 3)
+        .with_dropout(0.2)
+        .unwrap();
+    let seed = DropoutSeed {
+        seed: SEED.seed + 1,
+        ..SEED
+    };
+    let first_entry = DropoutSeed {
+        first_entry: SEED.first_entry + 1,
+        ..SEED
+    };
+    for (other, field) in [(seed, "dropout seed"), (first_entry, "first batch entry")] {
+        let results = Loopback::run(3, DEADLINE, |endpoint| {
+            let communicator = Communicator::new(Arc::new(endpoint));
+            let mut whole = Whole::random(&spec);
+            // What all agreed on before does not hide it.
+            run_rank(&spec, &whole, &communicator, 1).unwrap();
+            if communicator.rank() == 2 {
+                whole.seed = other;
+            }
+            run_rank(&spec, &whole, &communicator, 1).err().unwrap()
+        });
+        for error in results {
+            let Ok(Error::Comm { source, .. }) = error else {
+                panic!("not a communication error")
+            };
+            assert_eq!(source.culprit(), 2);
+            assert!(source.to_string().contains(field), "{source}");
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use burn::tensor::{Device, Tensor, TensorData};
 use ring_burn::{
     AttentionOutput, Communicator, DilatedAttentionConfig, Documents, HostBuffer, Loopback, Ring,
-    RingAttention, RingAttentionConfig, RingError, Sharding, shard_tensor,
+    RingAttention, RingAttentionConfig, RingError, Sharding, philox, shard_tensor,
 };
 use ring_core::{
     AttentionSpec, DropoutSeed, Pattern, Shape,
@@ -168,15 +168,12 @@ fn assert_close(got: &Results, expected: &Results, how: &str) {
     }
 }
 
-/// The seed of a layer, anew: SplitMix64 of the ring's seed, and of that plus the stream.
-fn seed_of(seed: u64, stream: u64) -> u64 {
-    let mix = |seed: u64| {
-        let z = seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    };
-    mix(mix(seed).wrapping_add(stream))
+/// The seed of a layer, anew: the first two words that Philox draws for its stream with the ring's seed as key.
+fn seed_of(seed: u64, stream: u32) -> u64 {
+    let key = seed.to_le_bytes();
+    let word = |at: usize| u32::from_le_bytes(key[at..at + 4].try_into().unwrap());
+    let words = philox([stream, !0, !0, !0], [word(0), word(4)]);
+    (u64::from(words[1]) << 32) + u64::from(words[0])
 }
 
 /// Windows, documents, padding, softcap, ALiBi and dropout together.

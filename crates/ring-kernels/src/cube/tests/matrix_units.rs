@@ -164,22 +164,7 @@ fn rows_without_keys_are_zero_and_never_nan() {
 
 #[test]
 fn queries_that_see_nothing_contribute_nothing_whatever_they_hold() {
-    let before = causal(problem(1, (1, 1), 32, (80, 40)));
-    let behind = Problem {
-        mask: Mask {
-            left: Some(5),
-            right: Some(0),
-        },
-        ..before.clone()
-    };
-    for (problem, first, poisoned) in [(before, -30, 0..30), (behind, 0, 45..80)] {
-        let block = (at(rows(0, 1, 80), first, 1), rows(0, 1, 40));
-        let mut case = Case::new(problem.clone(), on_all_heads(&problem, &[block]));
-        case.dtype = DType::F16;
-        let clean = case.run(&OnDevice::new()).unwrap();
-        case.poisoned = poisoned;
-        assert_eq!(case.run(&OnDevice::new()).unwrap(), clean);
-    }
+    check_unseeing_queries(32, DType::F16);
 }
 
 #[test]
