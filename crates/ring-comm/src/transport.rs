@@ -39,8 +39,9 @@ use crate::{
 /// Number of a rank in its group, `0..world_size`.
 pub type Rank = usize;
 
-/// Sends to one peer that may be untaken at the same time: what is computed on, and what is in flight.
-pub const MAX_OUTSTANDING_SENDS: usize = 2;
+/// Sends to one peer that may be untaken at the same time: rows of one hop, the few numbers that go along with them, and
+/// gradients of another hop. With that many, no rank that walks a plan ever waits to send.
+pub const MAX_OUTSTANDING_SENDS: usize = 3;
 
 /// What a message carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -51,6 +52,14 @@ pub enum Payload {
     KeyValueAgain,
     /// Gradients of key and value rows, on their way home.
     KeyValueGradient,
+    /// Query rows, in a backward pass with the gradients of their outputs.
+    Query,
+    /// Numbers of query rows: log-sum-exp, delta.
+    Statistics,
+    /// Gradients of query rows, on their way home.
+    QueryGradient,
+    /// Outputs of query rows, on their way home.
+    Output,
     /// A part of a collective operation.
     Collective,
     /// Anything else, numbered by the caller.

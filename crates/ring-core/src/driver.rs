@@ -1,24 +1,22 @@
-//! The loop that walks a plan: [`forward`] and [`backward`].
+//! What a rank calls: [`forward`] and [`backward`].
 //!
-//! One loop for every pattern, sharding and rank count; what differs is in the plan. In each step: post the receive, post the
-//! send, compute the current block, wait. State is f32 through every hop and rounded once at the end. Own keys and values, and
-//! those of a slot, are used where they lie; the memory of a slot that is done with serves for the messages after it.
+//! If heads are divided, rows go first to who computes with them, and results go back; between, and otherwise at once, the steps
+//! of the plan are walked ([`Walk`]).
 
 use ring_comm::{
-    Communicator,
+    Communicator, Payload,
     buffer::{Buffer, DType},
     trace::{Activity, Details},
 };
-use ring_kernels::{
-    BackwardInputs, Dropout, ForwardState, Kernels, KeyValue, KeyValueGradient, Problem, RowLayout,
-    Tensor,
-};
+use ring_kernels::{BackwardInputs, Dropout, Kernels, Problem, RowLayout, Tensor};
 
 use crate::{
     error::Error,
-    exchange::{Exchanger, InFlight, Pass, check_plan},
-    plan::{Plan, Source},
-    schedule::{Schedule, ScheduledExchange, ScheduledStep},
+    exchange::{Exchanger, Pass, check_plan},
+    place::Place,
+    plan::Plan,
+    regroup::{Cargo, Direction, Kind, Regroup, Regrouping},
+    walk::Walk,
 };
 
 /// A rank's own tensors, `[batch, heads, rows, head_dim]`.
@@ -64,7 +62,7 @@ impl<B: Buffer> Clone for Inputs<'_, B> {
 impl<B: Buffer> Copy for Inputs<'_, B> {}
 
 impl<'a, B: Buffer> Inputs<'a, B> {
-    fn shorten<'short>(self) -> Inputs<'short, B>
+    pub(crate) fn shorten<'short>(self) -> Inputs<'short, B>
     where
         'a: 'short,
     {
@@ -145,20 +143,11 @@ pub fn backward<B: Buffer, K: Kernels<B>>(
 
 /// One pass of one rank over its plan.
 struct Run<'a, B: Buffer, K> {
-    kernels: &'a K,
     exchanger: Exchanger<'a, B, K>,
     plan: &'a Plan,
-    schedule: &'a Schedule,
+    /// The sizes of the rank's own tensors.
+    own: Problem,
 }
-
-/// Gradients of a slot, to be sent to the slot's owner, and those of own rows, to be received from who used them.
-struct GradientHop<'p, B> {
-    exchange: &'p ScheduledExchange,
-    outgoing: Option<B>,
-}
-
-/// Gradients of own rows on their way home.
-type Homecoming<'p, B> = (&'p ScheduledExchange, InFlight<B>);
 
 impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
     /// A backward pass has the number of its forward's operation; a forward pass gets one.
@@ -177,13 +166,16 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
         let operation = of_forward.unwrap_or_else(|| communicator.next_operation());
         communicator.buffers().begin();
         let spec = plan.spec();
-        let mut problem = plan.problem();
+        let mut problem = plan.ring_problem();
         if spec.dropout > 0.0 {
             let DropoutSeed { seed, first_entry } = dropout;
-            problem.scores.dropout = Some(Dropout::new(spec.dropout, seed, first_entry));
+            let group = spec.shape.query_heads / spec.shape.kv_heads;
+            let first = Place::of(spec, plan.rank()).kv_heads(spec).start * group;
+            let dropout = Dropout::new(spec.dropout, seed, first_entry)
+                .of_heads(first as u32, spec.shape.query_heads as u32);
+            problem.scores.dropout = Some(dropout);
         }
         Ok(Self {
-            kernels,
             exchanger: Exchanger {
                 kernels,
                 communicator,
@@ -194,7 +186,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
                 capacity,
             },
             plan,
-            schedule: plan.schedule(),
+            own: plan.problem(),
         })
     }
 
@@ -219,84 +211,34 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
 
     fn forward(&self, inputs: Inputs<'_, B>) -> Result<Output<B>, Error> {
         self.check_dtypes(inputs)?;
-        let exchanger = &self.exchanger;
-        let mut state = exchanger.compute("start", None, || {
-            self.kernels.start(&self.exchanger.problem)
-        })?;
-        let mut slot = None;
-        let mut filled_by = None;
-        for step in &self.schedule.steps {
-            let in_flight = self.post(step, inputs)?;
-            let layout = slot_layout(filled_by);
-            if let Some(source) = key_value(step, inputs.shorten(), slot.as_ref(), layout) {
-                self.step_forward(step, filled_by, inputs, &source, &mut state)?;
-            }
-            exchanger.give(slot.take());
-            slot = self.wait(in_flight)?;
-            filled_by = step.exchange.as_ref();
-        }
-        exchanger.give(slot);
-        let spec = self.plan.spec();
-        let scale = spec.output_scale();
-        let (output, log_sum_exp) = exchanger.compute("finish", None, || {
-            self.kernels
-                .finish(&self.exchanger.problem, state, spec.dtype, scale)
-        })?;
+        let (output, log_sum_exp) = match self.plan.regroup() {
+            None => self.walk().forward(inputs)?,
+            Some(regroup) => self.divided_forward(regroup, inputs)?,
+        };
         Ok(Output {
             output,
             log_sum_exp,
-            operation: exchanger.operation,
+            operation: self.exchanger.operation,
         })
     }
 
     fn backward(&self, inputs: Inputs<'_, B>, saved: Saved<'_, B>) -> Result<Gradients<B>, Error> {
         self.check_dtypes(inputs)?;
-        let exchanger = &self.exchanger;
         let delta = self.delta(&saved)?;
-        let from_forward = BackwardInputs {
+        let of_queries = BackwardInputs {
             query: inputs.query.shorten(),
             grad_output: saved.grad_output.shorten(),
             log_sum_exp: B::shorten(saved.log_sum_exp),
             delta: &delta,
         };
-        let mut gradients = self.zero_gradients()?;
-        let mut slot = None;
-        let mut filled_by = None;
-        let mut pending: Option<GradientHop<'_, B>> = None;
-        for step in &self.schedule.steps {
-            let in_flight = self.post(step, inputs)?;
-            let homecoming = self.post_gradients(pending.take())?;
-            let layout = slot_layout(filled_by);
-            let outgoing = match key_value(step, inputs.shorten(), slot.as_ref(), layout) {
-                Some(source) => {
-                    self.step_gradients(step, filled_by, &from_forward, &source, &mut gradients)?
-                }
-                None => None,
-            };
-            exchanger.give(slot.take());
-            self.take_home(homecoming, &mut gradients)?;
-            if let Some(exchange) = filled_by {
-                let hop = GradientHop { exchange, outgoing };
-                if is_next_hop(step, exchange) {
-                    pending = Some(hop);
-                } else {
-                    let homecoming = self.post_gradients(Some(hop))?;
-                    self.take_home(homecoming, &mut gradients)?;
-                }
-            }
-            slot = self.wait(in_flight)?;
-            filled_by = step.exchange.as_ref();
+        match self.plan.regroup() {
+            None => self.walk().backward(inputs, &of_queries),
+            Some(regroup) => self.divided_backward(regroup, inputs, &of_queries),
         }
-        // The last exchange only sent, or there would be a step for what it brought.
-        let left_over = filled_by.map(|exchange| GradientHop {
-            exchange,
-            outgoing: None,
-        });
-        for hop in [pending, left_over] {
-            let homecoming = self.post_gradients(hop)?;
-            self.take_home(homecoming, &mut gradients)?;
-        }
-        self.rounded(gradients)
+    }
+
+    fn walk(&self) -> Walk<'_, B, K> {
+        Walk::new(&self.exchanger, self.plan)
     }
 
     fn check_dtypes(&self, inputs: Inputs<'_, B>) -> Result<(), Error> {
@@ -306,7 +248,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
             ("key", inputs.key.data),
             ("value", inputs.value.data),
         ] {
-            let got = self.kernels.dtype(view);
+            let got = self.exchanger.kernels.dtype(view);
             if got != expected {
                 return Err(self.exchanger.failed(Error::DType {
                     what,
@@ -320,8 +262,8 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
 
     fn delta(&self, saved: &Saved<'_, B>) -> Result<B, Error> {
         self.exchanger.compute("delta", None, || {
-            self.kernels.delta(
-                &self.exchanger.problem,
+            self.exchanger.kernels.delta(
+                &self.own,
                 saved.output,
                 saved.grad_output,
                 saved.log_sum_exp,
@@ -330,199 +272,165 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
         })
     }
 
-    fn zero_gradients(&self) -> Result<Gradients<B>, Error> {
-        let Problem {
-            batch,
-            query_heads,
-            kv_heads,
-            head_dim,
-            queries,
-            keys,
-            ..
-        } = self.exchanger.problem;
-        let zeros = |rows: usize| {
-            let len = batch * rows * head_dim;
-            self.exchanger.compute("allocate", None, || {
-                self.kernels.allocate(DType::F32, len, None)
-            })
-        };
-        Ok(Gradients {
-            query: zeros(query_heads * queries)?,
-            key: zeros(kv_heads * keys)?,
-            value: zeros(kv_heads * keys)?,
-        })
-    }
-
-    fn step_forward(
-        &self,
-        step: &ScheduledStep,
-        filled_by: Option<&ScheduledExchange>,
-        inputs: Inputs<'_, B>,
-        source: &KeyValue<'_, B>,
-        state: &mut ForwardState<B>,
-    ) -> Result<(), Error> {
-        self.exchanger.compute("forward", distance(filled_by), || {
-            self.kernels.forward(
-                &self.exchanger.problem,
-                inputs.query,
-                source,
-                &step.blocks,
-                state,
-            )
-        })
-    }
-
-    /// Gradients of a step's blocks: those of own rows are added, those of a slot returned, to be sent home.
-    fn step_gradients(
-        &self,
-        step: &ScheduledStep,
-        filled_by: Option<&ScheduledExchange>,
-        from_forward: &BackwardInputs<'_, B>,
-        source: &KeyValue<'_, B>,
-        gradients: &mut Gradients<B>,
-    ) -> Result<Option<B>, Error> {
-        let received = filled_by.and_then(|exchange| exchange.receive.as_ref());
-        let mut slot_gradient = match received {
-            Some(parcel) => Some(self.zero_message(parcel.rows.len)?),
-            None => None,
-        };
-        let target = match (&mut slot_gradient, received) {
-            (Some(slot), Some(parcel)) => KeyValueGradient::Slot {
-                slot,
-                layout: &parcel.rows.layout,
-            },
-            _ => KeyValueGradient::Own {
-                key: &mut gradients.key,
-                value: &mut gradients.value,
-            },
-        };
-        self.exchanger
-            .compute("backward", distance(filled_by), || {
-                self.kernels.backward(
-                    &self.exchanger.problem,
-                    from_forward,
-                    source,
-                    &step.blocks,
-                    self.plan.spec().output_scale(),
-                    &mut gradients.query,
-                    target,
-                )
-            })?;
-        Ok(slot_gradient)
-    }
-
-    fn zero_message(&self, len: usize) -> Result<B, Error> {
-        let memory = self.exchanger.memory(DType::F32)?;
-        self.exchanger.compute("allocate", None, || {
-            self.kernels.allocate(DType::F32, len, Some(memory))
-        })
-    }
-
-    fn post(
-        &self,
-        step: &ScheduledStep,
-        inputs: Inputs<'_, B>,
-    ) -> Result<Option<InFlight<B>>, Error> {
-        let exchange = step.exchange.as_ref();
-        exchange
-            .map(|exchange| self.exchanger.post(exchange, inputs))
-            .transpose()
-    }
-
-    fn wait(&self, in_flight: Option<InFlight<B>>) -> Result<Option<B>, Error> {
-        match in_flight {
-            Some(in_flight) => self.exchanger.wait(in_flight),
-            None => Ok(None),
-        }
-    }
-
-    fn post_gradients<'p>(
-        &self,
-        hop: Option<GradientHop<'p, B>>,
-    ) -> Result<Option<Homecoming<'p, B>>, Error> {
-        let Some(GradientHop { exchange, outgoing }) = hop else {
-            return Ok(None);
-        };
-        let in_flight = self.exchanger.post_gradients(exchange, outgoing)?;
-        Ok(Some((exchange, in_flight)))
-    }
-
-    /// Waits for gradients of own rows and adds them.
-    fn take_home(
-        &self,
-        homecoming: Option<Homecoming<'_, B>>,
-        gradients: &mut Gradients<B>,
-    ) -> Result<(), Error> {
-        let Some((exchange, in_flight)) = homecoming else {
-            return Ok(());
-        };
-        let arrived = self.exchanger.wait(in_flight)?;
-        if let (Some(slot), Some(parcel)) = (&arrived, &exchange.send) {
-            self.exchanger
-                .compute("add rows", Some(exchange.distance), || {
-                    self.kernels.add_rows(
-                        &self.exchanger.problem,
-                        slot,
-                        &parcel.rows,
-                        &mut gradients.key,
-                        &mut gradients.value,
-                    )
-                })?;
-        }
-        self.exchanger.give(arrived);
-        Ok(())
-    }
-
-    fn rounded(&self, gradients: Gradients<B>) -> Result<Gradients<B>, Error> {
+    /// A forward pass of this rank's part of the heads, for all rows of its place.
+    fn divided_forward(&self, regroup: &Regroup, inputs: Inputs<'_, B>) -> Result<(B, B), Error> {
         let dtype = self.plan.spec().dtype;
-        let round = |sums: B| {
-            self.exchanger
-                .compute("round", None, || self.kernels.round(sums, dtype))
+        let there = [
+            cargo(Payload::Query, dtype, Kind::Queries, [inputs.query]),
+            cargo(
+                Payload::KeyValue,
+                dtype,
+                Kind::Keys,
+                [inputs.key, inputs.value],
+            ),
+        ];
+        let regrouping = self.regrouping(regroup);
+        let mut arrived = regrouping.exchange(Direction::There, &there)?;
+        let [key, value] = two(arrived.pop());
+        let query = one(arrived.pop());
+
+        let layouts = Layouts::of(&self.exchanger.problem);
+        let inputs = Inputs {
+            query: layouts.queries(&query),
+            key: layouts.keys(&key),
+            value: layouts.keys(&value),
+            dropout: inputs.dropout,
         };
+        let (output, log_sum_exp) = self.walk().forward(inputs)?;
+        drop((query, key, value));
+
+        let output = [layouts.queries(&output)];
+        let numbers = [layouts.statistics(&log_sum_exp)];
+        let back = [
+            cargo(Payload::Output, dtype, Kind::Queries, output),
+            cargo(Payload::Statistics, DType::F32, Kind::Statistics, numbers),
+        ];
+        let mut home = regrouping.exchange(Direction::Back, &back)?;
+        let log_sum_exp = one(home.pop());
+        Ok((one(home.pop()), log_sum_exp))
+    }
+
+    /// A backward pass of this rank's part of the heads, for all rows of its place.
+    fn divided_backward(
+        &self,
+        regroup: &Regroup,
+        inputs: Inputs<'_, B>,
+        of_queries: &BackwardInputs<'_, B>,
+    ) -> Result<Gradients<B>, Error> {
+        let dtype = self.plan.spec().dtype;
+        let queries = [of_queries.query.shorten(), of_queries.grad_output.shorten()];
+        let keys = [inputs.key.shorten(), inputs.value.shorten()];
+        let own = Layouts::of(&self.own);
+        let log_sum_exp = Tensor {
+            data: B::shorten(of_queries.log_sum_exp),
+            layout: &own.statistics,
+        };
+        let numbers = [log_sum_exp, own.statistics(of_queries.delta)];
+        let there = [
+            cargo(Payload::Query, dtype, Kind::Queries, queries),
+            cargo(Payload::KeyValueAgain, dtype, Kind::Keys, keys),
+            cargo(Payload::Statistics, DType::F32, Kind::Statistics, numbers),
+        ];
+        let regrouping = self.regrouping(regroup);
+        let mut arrived = regrouping.exchange(Direction::There, &there)?;
+        let [log_sum_exp, delta] = two(arrived.pop());
+        let [key, value] = two(arrived.pop());
+        let [query, grad_output] = two(arrived.pop());
+
+        let layouts = Layouts::of(&self.exchanger.problem);
+        let divided = Inputs {
+            query: layouts.queries(&query),
+            key: layouts.keys(&key),
+            value: layouts.keys(&value),
+            dropout: inputs.dropout,
+        };
+        let of_queries = BackwardInputs {
+            query: layouts.queries(&query),
+            grad_output: layouts.queries(&grad_output),
+            log_sum_exp: log_sum_exp.view(),
+            delta: &delta,
+        };
+        let gradients = self.walk().backward(divided, &of_queries)?;
+        drop((query, grad_output, key, value, log_sum_exp, delta));
+
+        let of_queries = [layouts.queries(&gradients.query)];
+        let of_keys = [layouts.keys(&gradients.key), layouts.keys(&gradients.value)];
+        let back = [
+            cargo(Payload::QueryGradient, dtype, Kind::Queries, of_queries),
+            cargo(Payload::KeyValueGradient, dtype, Kind::Keys, of_keys),
+        ];
+        let mut home = regrouping.exchange(Direction::Back, &back)?;
+        let [key, value] = two(home.pop());
         Ok(Gradients {
-            query: round(gradients.query)?,
-            key: round(gradients.key)?,
-            value: round(gradients.value)?,
+            query: one(home.pop()),
+            key,
+            value,
         })
     }
-}
 
-/// Whether the exchange under way in `step` is the hop right after `done`.
-///
-/// Then the gradients of `done` may travel during the next step. After a gap they must go at once: a rank that waited for a
-/// far hop first could hold up peers whose nearer hops that far hop depends on. With this rule, waits can be ordered: keys and
-/// values of hop `d` depend on hops below `d` alone, gradients of hop `d` on keys and values up to `d + 1` and gradients below
-/// `d`; so no cycle of ranks can wait for each other.
-fn is_next_hop(step: &ScheduledStep, done: &ScheduledExchange) -> bool {
-    step.exchange
-        .as_ref()
-        .is_some_and(|next| next.distance == done.distance + 1)
-}
-
-/// The hop whose slot a step computes on; `None` for own rows.
-fn distance(filled_by: Option<&ScheduledExchange>) -> Option<usize> {
-    filled_by.map(|exchange| exchange.distance)
-}
-
-/// How the slot is laid out that an exchange filled, if it filled one.
-fn slot_layout(filled_by: Option<&ScheduledExchange>) -> Option<&RowLayout> {
-    let parcel = filled_by?.receive.as_ref()?;
-    Some(&parcel.rows.layout)
-}
-
-/// The keys and values of a step, where they lie; `None` if it has none.
-fn key_value<'a, B: Buffer>(
-    step: &ScheduledStep,
-    inputs: Inputs<'a, B>,
-    slot: Option<&'a B>,
-    layout: Option<&'a RowLayout>,
-) -> Option<KeyValue<'a, B>> {
-    match (step.source, slot, layout) {
-        (Source::Own, ..) => Some(KeyValue::Own {
-            key: inputs.key,
-            value: inputs.value,
-        }),
-        (Source::Slot(_), Some(slot), Some(layout)) => Some(KeyValue::Slot { slot, layout }),
-        _ => None,
+    fn regrouping<'r>(&'r self, regroup: &'r Regroup) -> Regrouping<'r, B, K> {
+        Regrouping {
+            regroup,
+            exchanger: &self.exchanger,
+            own: &self.own,
+        }
     }
+}
+
+/// How contiguous tensors of a problem lie in memory.
+struct Layouts {
+    queries: RowLayout,
+    keys: RowLayout,
+    statistics: RowLayout,
+}
+
+impl Layouts {
+    fn of(problem: &Problem) -> Self {
+        Self {
+            queries: problem.query_shape().contiguous(),
+            keys: problem.key_shape().contiguous(),
+            statistics: problem.statistic_shape().contiguous(),
+        }
+    }
+
+    fn queries<'a, B: Buffer>(&'a self, buffer: &'a B) -> Tensor<'a, B> {
+        let (data, layout) = (buffer.view(), &self.queries);
+        Tensor { data, layout }
+    }
+
+    fn keys<'a, B: Buffer>(&'a self, buffer: &'a B) -> Tensor<'a, B> {
+        let (data, layout) = (buffer.view(), &self.keys);
+        Tensor { data, layout }
+    }
+
+    fn statistics<'a, B: Buffer>(&'a self, buffer: &'a B) -> Tensor<'a, B> {
+        let (data, layout) = (buffer.view(), &self.statistics);
+        Tensor { data, layout }
+    }
+}
+
+fn cargo<'a, B: Buffer>(
+    payload: Payload,
+    dtype: DType,
+    kind: Kind,
+    tensors: impl Into<Vec<Tensor<'a, B>>>,
+) -> Cargo<'a, B> {
+    Cargo {
+        payload,
+        dtype,
+        kind,
+        tensors: tensors.into(),
+    }
+}
+
+/// The buffer of a cargo of one tensor.
+fn one<B>(arrived: Option<Vec<B>>) -> B {
+    let only = arrived.and_then(|mut buffers| buffers.pop());
+    only.expect("every tensor of a cargo arrives in a buffer")
+}
+
+/// The buffers of a cargo of two tensors.
+fn two<B>(arrived: Option<Vec<B>>) -> [B; 2] {
+    let both = arrived.and_then(|buffers| buffers.try_into().ok());
+    both.expect("every tensor of a cargo arrives in a buffer")
 }

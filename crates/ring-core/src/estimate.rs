@@ -1,30 +1,35 @@
 //! What a plan costs, before it runs: bytes on the wire and bytes of memory.
 
-use ring_kernels::{Block, Rows};
+use ring_kernels::{Block, Problem, Rows};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    place::{Place, Shard},
     plan::{Exchange, Message, Plan, Step},
     progression::{Progression, disjoint_cover},
-    selection::{Overlap, Shard, entry_classes, head_classes, overlaps, segment_pairs},
+    regroup::Regroup,
+    schedule::QueryParcel,
+    selection::{Overlap, entry_classes, head_classes, overlaps, segment_pairs},
     spec::AttentionSpec,
+    strategy::Strategy,
 };
 
 /// Bytes that one rank exchanges in one attention computation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CommunicationEstimate {
-    /// Key/value bytes received in the forward pass.
+    /// Bytes received in the forward pass: key/value rows, and if heads are divided queries and outputs too.
     pub forward_received: u64,
-    /// Key/value bytes sent in the forward pass.
+    /// Bytes sent in the forward pass.
     pub forward_sent: u64,
-    /// Bytes received in the backward pass: the key/value rows again, and the f32 gradients of the own rows coming home.
+    /// Bytes received in the backward pass: the rows again, and gradients.
     pub backward_received: u64,
     /// Bytes sent in the backward pass.
     pub backward_sent: u64,
     /// Forward bytes received by branch; a row that several branches want counts for the first of them. Sums to
-    /// `forward_received`.
+    /// `forward_received`. Empty for strategies by which other rows travel than branches want.
     pub received_per_branch: Vec<u64>,
-    /// Hops in which this rank sends or receives anything.
+    /// Rounds of messages in the forward pass: hops in which this rank sends or receives anything, and the two among the ranks
+    /// that divide heads.
     pub hops: usize,
 }
 
@@ -32,37 +37,114 @@ impl CommunicationEstimate {
     /// The estimate of a plan; exact, byte by byte.
     pub fn new(plan: &Plan) -> Self {
         let spec = plan.spec();
-        let size = |message: &Option<Message>, element: usize| {
-            message.as_ref().map_or(0, |message| {
-                (message.row_count() * spec.shape.batch * 2 * spec.shape.head_dim * element) as u64
-            })
+        let problem = plan.ring_problem();
+        let mut all = Self {
+            forward_received: 0,
+            forward_sent: 0,
+            backward_received: 0,
+            backward_sent: 0,
+            received_per_branch: match spec.strategy {
+                Strategy::Ring | Strategy::RingQuery => received_per_branch(spec, plan.rank()),
+                _ => Vec::new(),
+            },
+            hops: plan.exchanges().count() + 2 * usize::from(plan.regroup().is_some()),
         };
-        let total = |pick: fn(&Exchange) -> &Option<Message>, element: usize| {
-            plan.exchanges()
-                .map(|exchange| size(pick(exchange), element))
-                .sum::<u64>()
-        };
-        let (f32_size, own_size) = (size_of::<f32>(), spec.dtype.size());
-        let forward_received = total(|exchange| &exchange.receive, own_size);
-        let forward_sent = total(|exchange| &exchange.send, own_size);
-        Self {
-            forward_received,
-            forward_sent,
-            backward_received: forward_received + total(|exchange| &exchange.send, f32_size),
-            backward_sent: forward_sent + total(|exchange| &exchange.receive, f32_size),
-            received_per_branch: received_per_branch(spec, plan.rank()),
-            hops: plan.exchanges().count(),
+        let own_size = spec.dtype.size();
+        for exchange in plan.exchanges() {
+            all.forward_received += key_bytes(&exchange.receive, &problem, own_size);
+            all.forward_sent += key_bytes(&exchange.send, &problem, own_size);
         }
+        let backward = plan.backward_steps().iter();
+        for exchange in backward.filter_map(|step| step.exchange.as_ref()) {
+            let rows = |message| key_bytes(message, &problem, own_size);
+            let gradients = |message| key_bytes(message, &problem, size_of::<f32>());
+            all.backward_received += rows(&exchange.receive) + gradients(&exchange.send);
+            all.backward_sent += rows(&exchange.send) + gradients(&exchange.receive);
+            let guests = QueryBytes::of(&exchange.receive_queries, &problem, own_size);
+            let visitors = QueryBytes::of(&exchange.send_queries, &problem, own_size);
+            all.backward_received += guests.there + visitors.back;
+            all.backward_sent += visitors.there + guests.back;
+        }
+        if let Some(regroup) = plan.regroup() {
+            all.add_regroup(plan, regroup);
+        }
+        all
+    }
+
+    /// Adds what ranks that divide heads exchange.
+    fn add_regroup(&mut self, plan: &Plan, regroup: &Regroup) {
+        let (own, divided) = (plan.problem(), plan.ring_problem());
+        let group = own.group_size();
+        let size = plan.spec().dtype.size();
+        let rows = |runs: &[Rows]| -> usize { runs.iter().map(|run| run.count).sum() };
+        let others = regroup.members.iter();
+        for member in others.filter(|member| member.rank != plan.rank()) {
+            // Own rows of the member's heads go there, their rows of own heads come here.
+            let going = Moved {
+                queries: own.queries * member.kv_heads.len() * group,
+                keys: own.keys * member.kv_heads.len(),
+            };
+            let coming = Moved {
+                queries: rows(&member.queries) * divided.query_heads,
+                keys: rows(&member.keys) * divided.kv_heads,
+            };
+            let bytes = |moved: &Moved, tensors: [usize; 3]| {
+                let [of_queries, of_keys, numbers] = tensors;
+                let elements = of_queries * moved.queries + of_keys * moved.keys;
+                let numbers = numbers * moved.queries * size_of::<f32>();
+                (own.batch * (elements * own.head_dim * size + numbers)) as u64
+            };
+            self.forward_received += bytes(&coming, [1, 2, 0]) + bytes(&going, [1, 0, 1]);
+            self.forward_sent += bytes(&going, [1, 2, 0]) + bytes(&coming, [1, 0, 1]);
+            self.backward_received += bytes(&coming, [2, 2, 2]) + bytes(&going, [1, 2, 0]);
+            self.backward_sent += bytes(&going, [2, 2, 2]) + bytes(&coming, [1, 2, 0]);
+        }
+    }
+}
+
+/// Rows, of all heads that they move for.
+struct Moved {
+    queries: usize,
+    keys: usize,
+}
+
+/// Bytes of a message of keys and values, or of their gradients.
+fn key_bytes(message: &Option<Message>, problem: &Problem, element: usize) -> u64 {
+    message.as_ref().map_or(0, |message| {
+        (message.row_count() * problem.batch * 2 * problem.head_dim * element) as u64
+    })
+}
+
+/// Bytes of a message of queries.
+#[derive(Default)]
+struct QueryBytes {
+    /// With what goes along.
+    there: u64,
+    /// The gradients.
+    back: u64,
+}
+
+impl QueryBytes {
+    fn of(message: &Option<Message>, problem: &Problem, element: usize) -> Self {
+        message.as_ref().map_or(Self::default(), |message| {
+            let parcel = QueryParcel::of_owner(message, problem);
+            let numbers = parcel.statistics.len() * size_of::<f32>();
+            Self {
+                there: (parcel.rows.len() * element + numbers) as u64,
+                back: (parcel.gradients.len() * size_of::<f32>()) as u64,
+            }
+        })
     }
 }
 
 /// Forward bytes received, by the first branch that wants the row.
 fn received_per_branch(spec: &AttentionSpec, rank: usize) -> Vec<u64> {
-    let queries = Shard::queries(spec, rank);
-    let (classes, entries) = (head_classes(spec), entry_classes(spec));
+    let place = Place::of(spec, rank);
+    let queries = Shard::queries(spec, place);
+    let (classes, entries) = (head_classes(spec, place), entry_classes(spec));
     let mut bytes = vec![0; spec.pattern.branches().len()];
-    for source in (0..spec.world_size).filter(|&source| source != rank) {
-        let keys = Shard::keys(spec, source);
+    for distance in 1..Place::ring_size(spec) {
+        let keys = Shard::keys(spec, place.further(spec, distance));
         let of_entries = |entries| overlaps(spec, entries, &queries, &keys);
         let overlaps: Vec<Overlap> = entries.iter().flat_map(of_entries).collect();
         for class in &classes {

@@ -12,13 +12,13 @@ use ring_comm::{
     buffer::{Buffer, DType},
     trace::{Activity, Details, Transfer},
 };
-use ring_kernels::{KernelError, Kernels, Problem};
+use ring_kernels::{BackwardInputs, KernelError, Kernels, Problem, Tensor};
 
 use crate::{
     driver::{DropoutSeed, Inputs},
     error::Error,
     plan::Plan,
-    schedule::{Parcel, ScheduledExchange},
+    schedule::{Parcel, QueryParcel, Schedule, ScheduledExchange},
 };
 
 /// Which way a pass goes.
@@ -37,7 +37,7 @@ impl Pass {
     }
 
     /// What key and value rows travel as.
-    fn key_value(self) -> Payload {
+    pub(crate) fn key_value(self) -> Payload {
         match self {
             Pass::Forward => Payload::KeyValue,
             Pass::Backward => Payload::KeyValueAgain,
@@ -58,14 +58,64 @@ pub(crate) struct Exchanger<'a, B: Buffer, K> {
     pub(crate) capacity: usize,
 }
 
-/// Messages under way.
+/// Messages of a hop under way: rows on their way to who computes with them.
 pub(crate) struct InFlight<B: Buffer> {
-    send: Option<Posted<SendRequest<B>>>,
-    receive: Option<Posted<RecvRequest<B>>>,
+    key_value: Option<Posted<RecvRequest<B>>>,
+    guests: Option<Guests<Posted<RecvRequest<B>>>>,
+    /// Keys and values, queries, what goes along with these.
+    sends: [Option<Posted<SendRequest<B>>>; 3],
+}
+
+/// Rows that a hop brought.
+pub(crate) struct Arrived<B> {
+    /// Keys and values, for own queries.
+    pub(crate) key_value: Option<B>,
+    /// Queries, for own keys.
+    pub(crate) guests: Option<Guests<B>>,
+}
+
+impl<B> Default for Arrived<B> {
+    fn default() -> Self {
+        Self {
+            key_value: None,
+            guests: None,
+        }
+    }
+}
+
+/// Queries that visit another rank's keys.
+pub(crate) struct Guests<T> {
+    /// Queries and gradients of their outputs.
+    pub(crate) rows: T,
+    /// Their log-sum-exp and delta.
+    pub(crate) statistics: T,
+}
+
+/// Gradients of a hop: on their way home.
+pub(crate) struct Homeward<T> {
+    /// Of keys and values.
+    pub(crate) key_value: Option<T>,
+    /// Of queries.
+    pub(crate) query: Option<T>,
+}
+
+impl<T> Default for Homeward<T> {
+    fn default() -> Self {
+        Self {
+            key_value: None,
+            query: None,
+        }
+    }
+}
+
+/// Gradients of a hop under way.
+pub(crate) struct GradientsInFlight<B: Buffer> {
+    receives: Homeward<Posted<RecvRequest<B>>>,
+    sends: Homeward<Posted<SendRequest<B>>>,
 }
 
 /// A request under way.
-struct Posted<R> {
+pub(crate) struct Posted<R> {
     request: R,
     letter: Letter,
     /// When it was posted, if anybody wants to know.
@@ -74,30 +124,36 @@ struct Posted<R> {
 
 /// What is written on a message.
 #[derive(Clone, Copy)]
-struct Letter {
+pub(crate) struct Letter {
     peer: Rank,
+    /// The hop; 0 among ranks that divide the heads.
     distance: usize,
     payload: Payload,
     expected: Expected,
 }
 
 impl Letter {
-    fn new(parcel: &Parcel, distance: usize, payload: Payload, dtype: DType) -> Self {
+    pub(crate) fn new(
+        peer: Rank,
+        distance: usize,
+        payload: Payload,
+        dtype: DType,
+        len: usize,
+    ) -> Self {
         Self {
-            peer: parcel.peer,
+            peer,
             distance,
             payload,
-            expected: Expected {
-                dtype,
-                len: parcel.rows.len,
-            },
+            expected: Expected { dtype, len },
         }
     }
 
     fn pick(self, names: Names) -> &'static str {
         match self.payload {
-            Payload::KeyValueGradient => names.gradients,
-            _ => names.key_values,
+            Payload::KeyValueGradient | Payload::QueryGradient => names.gradients,
+            Payload::KeyValue | Payload::KeyValueAgain => names.key_values,
+            Payload::Output => names.outputs,
+            _ => names.queries,
         }
     }
 }
@@ -107,66 +163,143 @@ impl Letter {
 struct Names {
     wait: &'static str,
     key_values: &'static str,
+    queries: &'static str,
     gradients: &'static str,
+    outputs: &'static str,
 }
 
 const RECEIVE: Names = Names {
     wait: "wait to receive",
     key_values: "receive keys and values",
+    queries: "receive queries",
     gradients: "receive gradients",
+    outputs: "receive outputs",
 };
 
 const SEND: Names = Names {
     wait: "wait to send",
     key_values: "send keys and values",
+    queries: "send queries",
     gradients: "send gradients",
+    outputs: "send outputs",
 };
 
 impl<B: Buffer, K: Kernels<B>> Exchanger<'_, B, K> {
-    /// Posts a hop's keys and values: the receive first, then the send.
+    /// Posts a hop's rows: the receives first, then the sends. `of_queries` is what queries travel with.
     pub(crate) fn post(
         &self,
         exchange: &ScheduledExchange,
         inputs: Inputs<'_, B>,
+        of_queries: Option<&BackwardInputs<'_, B>>,
     ) -> Result<InFlight<B>, Error> {
-        let distance = exchange.distance;
-        let letter = |parcel| Letter::new(parcel, distance, self.pass.key_value(), self.dtype);
-        let receive = exchange.receive.as_ref().map(letter);
-        let receive = receive.map(|letter| self.receive(letter)).transpose()?;
-        let send = match &exchange.send {
-            Some(parcel) => Some(self.send(letter(parcel), self.pack(parcel, distance, inputs)?)?),
+        let key_value = exchange.receive.as_ref();
+        let key_value = key_value
+            .map(|parcel| self.receive(self.of_keys(exchange, parcel)))
+            .transpose()?;
+        let guests = match &exchange.receive_queries {
+            Some(parcel) => Some(Guests {
+                rows: self.receive(self.of_queries(exchange, parcel))?,
+                statistics: self.receive_into(of_statistics(exchange, parcel), None)?,
+            }),
             None => None,
         };
-        Ok(InFlight { send, receive })
+        let mut sends = [None, None, None];
+        if let Some(parcel) = &exchange.send {
+            let message = self.pack_keys(parcel, exchange.distance, inputs)?;
+            sends[0] = Some(self.send(self.of_keys(exchange, parcel), message)?);
+        }
+        if let (Some(parcel), Some(of_queries)) = (&exchange.send_queries, of_queries) {
+            let guests = self.pack_queries(parcel, exchange.distance, of_queries)?;
+            sends[1] = Some(self.send(self.of_queries(exchange, parcel), guests.rows)?);
+            let letter = of_statistics(exchange, parcel);
+            sends[2] = Some(self.send(letter, guests.statistics)?);
+        }
+        Ok(InFlight {
+            key_value,
+            guests,
+            sends,
+        })
     }
 
-    /// Posts a hop's gradients: those of own rows come from the peer the rows went to, those of the slot go to its owner.
+    /// Posts a hop's gradients: each comes from where the rows went to, and goes to where they came from.
     pub(crate) fn post_gradients(
         &self,
         exchange: &ScheduledExchange,
-        outgoing: Option<B>,
-    ) -> Result<InFlight<B>, Error> {
-        let (distance, payload) = (exchange.distance, Payload::KeyValueGradient);
-        let letter = |parcel| Letter::new(parcel, distance, payload, DType::F32);
-        let receive = exchange.send.as_ref().map(letter);
-        let receive = receive.map(|letter| self.receive(letter)).transpose()?;
-        let send = exchange.receive.as_ref().map(letter).zip(outgoing);
-        let send = send
-            .map(|(letter, gradients)| self.send(letter, gradients))
-            .transpose()?;
-        Ok(InFlight { send, receive })
+        outgoing: Homeward<B>,
+    ) -> Result<GradientsInFlight<B>, Error> {
+        let of_keys = |parcel: &Parcel| {
+            let payload = Payload::KeyValueGradient;
+            let (peer, len) = (parcel.peer, parcel.rows.len());
+            Letter::new(peer, exchange.distance, payload, DType::F32, len)
+        };
+        let of_queries = |parcel: &QueryParcel| {
+            let payload = Payload::QueryGradient;
+            let (peer, len) = (parcel.peer, parcel.gradients.len());
+            Letter::new(peer, exchange.distance, payload, DType::F32, len)
+        };
+        let receive = |letter: Option<Letter>| letter.map(|letter| self.receive(letter));
+        let receives = Homeward {
+            key_value: receive(exchange.send.as_ref().map(of_keys)).transpose()?,
+            query: receive(exchange.send_queries.as_ref().map(of_queries)).transpose()?,
+        };
+        let send = |letter: Option<Letter>, gradients: Option<B>| {
+            let message = letter.zip(gradients);
+            message.map(|(letter, gradients)| self.send(letter, gradients))
+        };
+        let (keys, queries) = (&exchange.receive, &exchange.receive_queries);
+        let sends = Homeward {
+            key_value: send(keys.as_ref().map(of_keys), outgoing.key_value).transpose()?,
+            query: send(queries.as_ref().map(of_queries), outgoing.query).transpose()?,
+        };
+        Ok(GradientsInFlight { receives, sends })
     }
 
-    /// Waits for what is under way and yields what arrived.
-    pub(crate) fn wait(&self, in_flight: InFlight<B>) -> Result<Option<B>, Error> {
-        let arrived = match in_flight.receive {
-            Some(posted) => Some(self.finish(posted, RECEIVE, RecvRequest::wait_timed)?),
+    /// Waits for rows under way and yields what arrived.
+    pub(crate) fn wait(&self, in_flight: InFlight<B>) -> Result<Arrived<B>, Error> {
+        let received = |posted: Option<_>| posted.map(|posted| self.received(posted)).transpose();
+        let key_value = received(in_flight.key_value)?;
+        let guests = match in_flight.guests {
+            Some(guests) => Some(Guests {
+                rows: self.received(guests.rows)?,
+                statistics: self.received(guests.statistics)?,
+            }),
             None => None,
         };
-        if let Some(posted) = in_flight.send {
-            self.give(self.finish(posted, SEND, SendRequest::wait_timed)?);
+        let [key_values, queries, statistics] = in_flight.sends;
+        for posted in [key_values, queries].into_iter().flatten() {
+            self.give(self.sent(posted)?);
         }
-        Ok(arrived)
+        if let Some(posted) = statistics {
+            self.sent(posted)?;
+        }
+        Ok(Arrived { key_value, guests })
+    }
+
+    /// Waits for gradients under way and yields what came home.
+    pub(crate) fn wait_gradients(
+        &self,
+        in_flight: GradientsInFlight<B>,
+    ) -> Result<Homeward<B>, Error> {
+        let GradientsInFlight { receives, sends } = in_flight;
+        let received = |posted: Option<_>| posted.map(|posted| self.received(posted)).transpose();
+        let home = Homeward {
+            key_value: received(receives.key_value)?,
+            query: received(receives.query)?,
+        };
+        for posted in [sends.key_value, sends.query].into_iter().flatten() {
+            self.give(self.sent(posted)?);
+        }
+        Ok(home)
+    }
+
+    /// Waits for a message.
+    pub(crate) fn received(&self, posted: Posted<RecvRequest<B>>) -> Result<B, Error> {
+        self.finish(posted, RECEIVE, RecvRequest::wait_timed)
+    }
+
+    /// Waits until a message is taken; yields the memory that came for it.
+    pub(crate) fn sent(&self, posted: Posted<SendRequest<B>>) -> Result<Option<B>, Error> {
+        self.finish(posted, SEND, SendRequest::wait_timed)
     }
 
     /// Memory for a message.
@@ -214,29 +347,76 @@ impl<B: Buffer, K: Kernels<B>> Exchanger<'_, B, K> {
         error
     }
 
-    fn pack(&self, parcel: &Parcel, distance: usize, inputs: Inputs<'_, B>) -> Result<B, Error> {
+    fn of_keys(&self, exchange: &ScheduledExchange, parcel: &Parcel) -> Letter {
+        let (peer, len) = (parcel.peer, parcel.rows.len());
+        let payload = self.pass.key_value();
+        Letter::new(peer, exchange.distance, payload, self.dtype, len)
+    }
+
+    fn of_queries(&self, exchange: &ScheduledExchange, parcel: &QueryParcel) -> Letter {
+        let (peer, len) = (parcel.peer, parcel.rows.len());
+        Letter::new(peer, exchange.distance, Payload::Query, self.dtype, len)
+    }
+
+    fn pack_keys(
+        &self,
+        parcel: &Parcel,
+        distance: usize,
+        inputs: Inputs<'_, B>,
+    ) -> Result<B, Error> {
         let memory = self.memory(self.dtype)?;
+        let tensors = [inputs.key, inputs.value];
         self.compute("pack", Some(distance), || {
-            self.kernels.pack(
-                &self.problem,
-                inputs.key,
-                inputs.value,
-                &parcel.rows,
-                Some(memory),
-            )
+            let shape = self.problem.key_shape();
+            self.kernels
+                .pack(shape, &tensors, &parcel.rows, Some(memory))
         })
+    }
+
+    fn pack_queries(
+        &self,
+        parcel: &QueryParcel,
+        distance: usize,
+        of_queries: &BackwardInputs<'_, B>,
+    ) -> Result<Guests<B>, Error> {
+        let memory = self.memory(self.dtype)?;
+        let tensors = [of_queries.query, of_queries.grad_output];
+        let rows = self.compute("pack", Some(distance), || {
+            self.kernels
+                .pack(parcel.shape, &tensors, &parcel.rows, Some(memory))
+        })?;
+        let layout = self.problem.statistic_shape().contiguous();
+        let log_sum_exp = B::shorten(of_queries.log_sum_exp);
+        let numbers = [log_sum_exp, of_queries.delta.view()].map(|data| Tensor {
+            data,
+            layout: &layout,
+        });
+        let statistics = self.compute("pack", Some(distance), || {
+            let shape = parcel.statistic_shape();
+            self.kernels.pack(shape, &numbers, &parcel.statistics, None)
+        })?;
+        Ok(Guests { rows, statistics })
     }
 
     fn receive(&self, letter: Letter) -> Result<Posted<RecvRequest<B>>, Error> {
         let memory = self.memory(letter.expected.dtype)?;
+        self.receive_into(letter, Some(memory))
+    }
+
+    /// Posts a receive, which may bring memory.
+    pub(crate) fn receive_into(
+        &self,
+        letter: Letter,
+        memory: Option<B>,
+    ) -> Result<Posted<RecvRequest<B>>, Error> {
         let transport = self.communicator.transport();
         let since = self.now_if_traced();
-        let request =
-            transport.irecv_into(letter.peer, self.tag(letter), letter.expected, Some(memory));
+        let request = transport.irecv_into(letter.peer, self.tag(letter), letter.expected, memory);
         self.posted(request, letter, since)
     }
 
-    fn send(&self, letter: Letter, message: B) -> Result<Posted<SendRequest<B>>, Error> {
+    /// Posts a send.
+    pub(crate) fn send(&self, letter: Letter, message: B) -> Result<Posted<SendRequest<B>>, Error> {
         let transport = self.communicator.transport();
         let since = self.now_if_traced();
         let request = transport.isend(letter.peer, self.tag(letter), message);
@@ -300,11 +480,22 @@ impl<B: Buffer, K: Kernels<B>> Exchanger<'_, B, K> {
     }
 
     fn comm_error(&self, letter: Letter, source: CommError) -> Error {
+        let pass = self.pass.name();
+        let step = match letter.distance {
+            0 => format!("the division of heads of the {pass} pass"),
+            distance => format!("hop {distance} of the {pass} pass"),
+        };
         Error::Comm {
-            step: format!("hop {} of the {} pass", letter.distance, self.pass.name()).into(),
+            step: step.into(),
             source,
         }
     }
+}
+
+fn of_statistics(exchange: &ScheduledExchange, parcel: &QueryParcel) -> Letter {
+    let (peer, len) = (parcel.peer, parcel.statistics.len());
+    let payload = Payload::Statistics;
+    Letter::new(peer, exchange.distance, payload, DType::F32, len)
 }
 
 /// Checks that the plan is this rank's and that all ranks are about to do the same; yields the elements of the largest message
@@ -326,8 +517,9 @@ pub(crate) fn check_plan<B: Buffer>(
         tell_others(communicator, &error);
         return Err(error);
     }
-    let largest = plan.schedule().largest_message() as u64;
-    let (spec, fields) = (plan.spec(), &plan.schedule().fields);
+    let schedule: &Schedule = plan.schedule();
+    let largest = schedule.largest_message() as u64;
+    let (spec, fields) = (plan.spec(), &schedule.fields);
     spec.check_first_entry(dropout.first_entry as usize)
         .map_err(Error::from)
         .inspect_err(|error| tell_others(communicator, error))?;

@@ -9,20 +9,23 @@
 //! from `p - d` (modulo the number of ranks). That needs no forwarding, moves each row once, and is the least number of bytes
 //! for every pattern, as long as batch entries do not differ (a row that one of them needs travels for all); relaying from neighbour to neighbour would move rows through ranks that do not need them.
 
-use std::fmt;
+use std::{collections::BTreeMap, fmt};
 
 use ring_comm::Rank;
-use ring_kernels::{Block, HeadBlocks, HeadRows, Mask, PackedRows, Problem, Rows};
+use ring_kernels::{Block, HeadBlocks, HeadRows, Mask, Problem, Rows};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    place::{Piece, Place, Shard},
     progression::{Progression, disjoint_cover},
+    regroup::Regroup,
     schedule::{OnDemand, Schedule},
     selection::{
-        EntryClass, HeadClass, Overlap, Piece, SegmentPairs, Shard, entry_classes, head_classes,
-        overlaps, segment_pairs,
+        EntryClass, HeadClass, Overlap, SegmentPairs, entry_classes, head_classes, overlaps,
+        segment_pairs,
     },
     spec::{AttentionSpec, SpecError},
+    strategy::Strategy,
 };
 
 /// A block, or `repeat` copies of it, each `period` rows and positions after the one before.
@@ -59,7 +62,7 @@ impl PlannedBlock {
 pub struct HeadWork {
     /// Batch entries.
     pub entries: Vec<usize>,
-    /// Key/value heads.
+    /// Key/value heads, counted from the first one that the rank computes with.
     pub kv_heads: Vec<usize>,
     /// Their blocks.
     pub blocks: Vec<PlannedBlock>,
@@ -86,47 +89,64 @@ pub struct Message {
 }
 
 impl Message {
-    /// How the rows lie in the message.
-    pub fn packed(&self, problem: &Problem) -> PackedRows {
-        PackedRows::new(problem, self.rows.clone())
-    }
-
     /// Rows of all heads, of one batch entry.
     pub fn row_count(&self) -> usize {
         self.rows
             .iter()
-            .map(|entry| entry.kv_heads.len() * entry.count())
+            .map(|entry| entry.heads.len() * entry.count())
             .sum()
     }
 }
 
 /// The messages to post before a step's blocks are computed, and to wait for afterwards.
+///
+/// Between two ranks either keys and values travel to the queries, or queries to the keys.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exchange {
-    /// Distance of the hop: receive from `rank - distance`, send to `rank + distance`. Also the step in message tags.
+    /// Distance of the hop: receive from `rank - distance`, send to `rank + distance` (places of the ring, if heads are
+    /// divided). Also the step in message tags.
     pub distance: usize,
-    /// Own rows that a peer needs.
+    /// Own keys and values that a peer needs.
     pub send: Option<Message>,
-    /// A peer's rows that this rank needs.
+    /// A peer's keys and values that this rank needs.
     pub receive: Option<Message>,
+    /// Own queries that go to a peer whose keys they see; in a backward pass only.
+    pub send_queries: Option<Message>,
+    /// A peer's queries that see keys of this rank; in a backward pass only.
+    pub receive_queries: Option<Message>,
 }
 
-/// One step: post `exchange`, compute `work` meanwhile, wait.
+impl Exchange {
+    /// All its messages.
+    pub fn messages(&self) -> impl Iterator<Item = &Message> {
+        let rows = [&self.send, &self.receive];
+        let queries = [&self.send_queries, &self.receive_queries];
+        rows.into_iter().chain(queries).flatten()
+    }
+}
+
+/// One step: post `exchange`, compute `work` and `guests` meanwhile, wait.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
     /// Where the keys and values of `work` are.
     pub source: Source,
-    /// What to compute.
+    /// What to compute for own queries.
     pub work: Vec<HeadWork>,
+    /// What to compute with own keys and values for the queries that the exchange of the step before brought.
+    pub guests: Vec<HeadWork>,
     /// What to exchange meanwhile.
     pub exchange: Option<Exchange>,
 }
 
 impl Step {
-    /// The blocks to compute, written out one by one.
-    pub fn head_blocks(&self) -> Vec<HeadBlocks> {
-        self.work
-            .iter()
+    /// Whether there is nothing to compute and nothing to send home.
+    fn is_idle(&self) -> bool {
+        self.source == Source::Nothing && self.guests.is_empty()
+    }
+
+    /// The blocks of `work`, written out one by one.
+    pub fn head_blocks(work: &[HeadWork]) -> Vec<HeadBlocks> {
+        work.iter()
             .map(|work| {
                 let count = work.blocks.iter().map(|planned| planned.repeat).sum();
                 let mut blocks = Vec::with_capacity(count);
@@ -146,7 +166,10 @@ impl Step {
 pub struct Plan {
     spec: AttentionSpec,
     rank: Rank,
+    regroup: Option<Regroup>,
     steps: Vec<Step>,
+    /// Those of the backward pass, if they are others.
+    backward: Option<Vec<Step>>,
     #[serde(skip)]
     schedule: OnDemand,
 }
@@ -165,29 +188,16 @@ impl Plan {
             });
         }
         let planner = Planner::new(&spec, rank);
-        let mut steps = vec![Step {
-            source: Source::Own,
-            work: planner.own_work(),
-            exchange: None,
-        }];
-        for distance in 1..spec.world_size {
-            if let Some((exchange, next)) = planner.hop(distance) {
-                let current = steps.last_mut().expect("there is always the own step");
-                current.exchange = Some(exchange);
-                steps.push(next);
-            }
-        }
-        if steps
-            .last()
-            .is_some_and(|step| step.source == Source::Nothing)
-            && steps.len() > 1
-        {
-            steps.pop();
-        }
+        let steps = planner.steps(Travellers::Keys);
+        let backward = (spec.strategy == Strategy::RingQuery)
+            .then(|| planner.steps(Travellers::FewestBytes))
+            .filter(|backward| *backward != steps);
         Ok(Self {
+            regroup: Regroup::new(&spec, planner.place),
             spec,
             rank,
             steps,
+            backward,
             schedule: OnDemand::default(),
         })
     }
@@ -202,14 +212,42 @@ impl Plan {
         self.rank
     }
 
-    /// The steps, in order.
+    /// What this rank exchanges with those that hold the same positions, before the steps and after them; `None` if heads are
+    /// not divided.
+    pub fn regroup(&self) -> Option<&Regroup> {
+        self.regroup.as_ref()
+    }
+
+    /// The steps of the forward pass, in order.
     pub fn steps(&self) -> &[Step] {
         &self.steps
     }
 
-    /// The sizes this rank's kernels see.
+    /// The steps of the backward pass, in order.
+    pub fn backward_steps(&self) -> &[Step] {
+        self.backward.as_deref().unwrap_or(&self.steps)
+    }
+
+    /// Exchanges that are under way at the same time.
+    pub fn lookahead(&self) -> usize {
+        match self.spec.strategy {
+            Strategy::AllGather => self.spec.world_size,
+            _ => 1,
+        }
+    }
+
+    /// The sizes of this rank's own tensors.
     pub fn problem(&self) -> Problem {
         self.spec.problem(self.rank)
+    }
+
+    /// The sizes this rank's kernels see: if heads are divided, those of its part of the heads, with all rows of its place.
+    pub fn ring_problem(&self) -> Problem {
+        let mut problem = self.problem();
+        if let Some(regroup) = &self.regroup {
+            regroup.divide(&mut problem, self.rank);
+        }
+        problem
     }
 
     /// The steps as they are executed; made when first asked for.
@@ -217,7 +255,7 @@ impl Plan {
         self.schedule.of(self)
     }
 
-    /// The exchanges, in order.
+    /// The exchanges of the forward pass, in order.
     pub fn exchanges(&self) -> impl Iterator<Item = &Exchange> {
         self.steps.iter().filter_map(|step| step.exchange.as_ref())
     }
@@ -281,13 +319,23 @@ impl fmt::Display for Plan {
 struct ClassNeeds {
     /// Of each entry class.
     pairs: Vec<Vec<SegmentPairs>>,
-    runs: Vec<Progression>,
+    /// Rows of keys that travel, if keys do.
+    keys: Vec<Progression>,
+}
+
+/// What travels between two ranks of which one has queries that see keys of the other.
+#[derive(Clone, Copy)]
+enum Travellers {
+    /// Keys and values, to the queries.
+    Keys,
+    /// Those, or queries to the keys, whichever is fewer bytes in a backward pass.
+    FewestBytes,
 }
 
 /// What the planning of one rank has in common.
 struct Planner<'a> {
     spec: &'a AttentionSpec,
-    rank: Rank,
+    place: Place,
     classes: Vec<HeadClass>,
     entries: Vec<EntryClass>,
     queries: Shard,
@@ -296,14 +344,33 @@ struct Planner<'a> {
 
 impl<'a> Planner<'a> {
     fn new(spec: &'a AttentionSpec, rank: Rank) -> Self {
+        let place = Place::of(spec, rank);
         Self {
             spec,
-            rank,
-            classes: head_classes(spec),
+            place,
+            classes: head_classes(spec, place),
             entries: entry_classes(spec),
-            queries: Shard::queries(spec, rank),
-            keys: Shard::keys(spec, rank),
+            queries: Shard::queries(spec, place),
+            keys: Shard::keys(spec, place),
         }
+    }
+
+    fn steps(&self, travellers: Travellers) -> Vec<Step> {
+        let mut steps = vec![Step {
+            source: Source::Own,
+            work: self.own_work(),
+            guests: Vec::new(),
+            exchange: None,
+        }];
+        for distance in 1..Place::ring_size(self.spec) {
+            if let Some((exchange, next)) = self.hop(distance, travellers) {
+                let current = steps.last_mut().expect("there is always the own step");
+                current.exchange = Some(exchange);
+                steps.push(next);
+            }
+        }
+        steps.pop_if(|last| last.is_idle());
+        steps
     }
 
     /// The blocks of the rank's own keys.
@@ -350,32 +417,70 @@ impl<'a> Planner<'a> {
     }
 
     /// The exchange of a hop and the step that computes what it brought; `None` if nothing travels.
-    fn hop(&self, distance: usize) -> Option<(Exchange, Step)> {
-        let ranks = self.spec.world_size;
-        let source = (self.rank + ranks - distance) % ranks;
-        let destination = (self.rank + distance) % ranks;
-        let outgoing = self.needs(&Shard::queries(self.spec, destination), &self.keys);
+    fn hop(&self, distance: usize, travellers: Travellers) -> Option<(Exchange, Step)> {
+        let ranks = Place::ring_size(self.spec);
+        let source = self.place.further(self.spec, ranks - distance);
+        let destination = self.place.further(self.spec, distance);
+        let their_queries = Shard::queries(self.spec, destination);
+        let outgoing = self.needs(&their_queries, &self.keys);
         let source_keys = Shard::keys(self.spec, source);
         let incoming = self.needs(&self.queries, &source_keys);
-        let send = self.message(destination, &outgoing, &self.keys);
-        let receive = self.message(source, &incoming, &source_keys);
-        if send.is_none() && receive.is_none() {
-            return None;
-        }
-        let next = Step {
-            source: match receive {
-                Some(_) => Source::Slot(source),
-                None => Source::Nothing,
-            },
-            work: self.slot_work(&incoming),
+        let (source, destination) = (source.rank(self.spec), destination.rank(self.spec));
+
+        let mut exchange = Exchange {
+            distance,
+            send: None,
+            receive: None,
+            send_queries: None,
+            receive_queries: None,
+        };
+        let mut next = Step {
+            source: Source::Nothing,
+            work: Vec::new(),
+            guests: Vec::new(),
             exchange: None,
         };
-        let exchange = Exchange {
-            distance,
-            send,
-            receive,
-        };
-        Some((exchange, next))
+        if self.queries_travel(&outgoing, travellers) {
+            exchange.receive_queries = self.query_message(destination, &outgoing, &their_queries);
+            next.guests = self.work(|entry, class| outgoing[class].guest_blocks(entry));
+        } else {
+            exchange.send = self.message(destination, &outgoing, &self.keys);
+        }
+        if self.queries_travel(&incoming, travellers) {
+            exchange.send_queries = self.query_message(source, &incoming, &self.queries);
+        } else {
+            exchange.receive = self.message(source, &incoming, &source_keys);
+            next.work = self.work(|entry, class| incoming[class].slot_blocks(entry));
+        }
+        if exchange.receive.is_some() {
+            next.source = Source::Slot(source);
+        }
+        let travels = exchange.messages().next().is_some();
+        travels.then_some((exchange, next))
+    }
+
+    /// Whether queries go to the keys they see, of those that `needs` are about.
+    fn queries_travel(&self, needs: &[ClassNeeds], travellers: Travellers) -> bool {
+        match travellers {
+            Travellers::Keys => false,
+            Travellers::FewestBytes => {
+                let rows =
+                    |runs: &[Progression]| -> usize { runs.iter().map(Progression::count).sum() };
+                let classes = || self.classes.iter().zip(needs);
+                let keys: usize = classes()
+                    .map(|(class, needs)| class.kv_heads.len() * rows(&needs.keys))
+                    .sum();
+                let queries: usize = classes()
+                    .map(|(class, needs)| class.kv_heads.len() * rows(&needs.queries()))
+                    .sum();
+                let bytes = BackwardBytes::of(self.spec);
+                queries * self.group() * bytes.query < keys * bytes.key_value
+            }
+        }
+    }
+
+    fn group(&self) -> usize {
+        self.spec.shape.query_heads / self.spec.shape.kv_heads
     }
 
     /// What `queries` need of `keys`, for every head class.
@@ -387,89 +492,166 @@ impl<'a> Planner<'a> {
                 .map(|overlaps| segment_pairs(self.spec, class, overlaps))
                 .map(|pairs| pairs.iter().flat_map(copies).collect())
                 .collect();
-            let pieces = keys.pieces.iter();
-            ClassNeeds {
-                runs: pieces.flat_map(|piece| runs_in(piece, &pairs)).collect(),
-                pairs,
-            }
+            let keys = match self.spec.strategy {
+                Strategy::AllGather => keys.pieces.iter().map(Piece::positions).collect(),
+                _ => runs_of(&pairs, |pairs| (pairs.key_piece, pairs.keys)),
+            };
+            ClassNeeds { pairs, keys }
         };
         self.classes.iter().map(of_class).collect()
     }
 
-    /// The message that carries `needs` of the rows in `keys`.
-    fn message(&self, peer: Rank, needs: &[ClassNeeds], keys: &Shard) -> Option<Message> {
+    /// The message that carries the keys and values of `needs`, which are in `shard`.
+    fn message(&self, peer: Rank, needs: &[ClassNeeds], shard: &Shard) -> Option<Message> {
+        let of_class = |(class, needs): (&HeadClass, &ClassNeeds)| {
+            head_rows(class.kv_heads.clone(), &needs.keys, shard)
+        };
         let rows: Vec<HeadRows> = self
             .classes
             .iter()
             .zip(needs)
-            .filter(|(_, needs)| !needs.runs.is_empty())
-            .map(|(class, needs)| HeadRows {
-                kv_heads: class.kv_heads.clone(),
-                runs: needs
-                    .runs
-                    .iter()
-                    .map(|run| rows_of(piece_of(keys, *run), *run))
-                    .collect(),
-            })
+            .filter_map(of_class)
             .collect();
         (!rows.is_empty()).then_some(Message { peer, rows })
     }
 
-    /// The blocks of a slot that holds `needs`.
-    fn slot_work(&self, needs: &[ClassNeeds]) -> Vec<HeadWork> {
-        self.work(|entry, class| needs[class].slot_blocks(entry))
+    /// The message that carries the queries of `needs`, which are in `shard`.
+    fn query_message(&self, peer: Rank, needs: &[ClassNeeds], shard: &Shard) -> Option<Message> {
+        let group = self.group();
+        let query_heads = |kv_head: &usize| kv_head * group..(kv_head + 1) * group;
+        let of_class = |(class, needs): (&HeadClass, &ClassNeeds)| {
+            let heads = class.kv_heads.iter().flat_map(query_heads).collect();
+            head_rows(heads, &needs.queries(), shard)
+        };
+        let rows: Vec<HeadRows> = self
+            .classes
+            .iter()
+            .zip(needs)
+            .filter_map(of_class)
+            .collect();
+        (!rows.is_empty()).then_some(Message { peer, rows })
+    }
+}
+
+/// What one row of one head costs on the wire in a backward pass, there and back.
+struct BackwardBytes {
+    /// A key and a value, and their f32 gradients.
+    key_value: usize,
+    /// A query and the gradient of its output, log-sum-exp and delta, and the f32 gradient of the query.
+    query: usize,
+}
+
+impl BackwardBytes {
+    fn of(spec: &AttentionSpec) -> Self {
+        let (dim, number) = (spec.shape.head_dim, size_of::<f32>());
+        let inputs = 2 * dim * spec.dtype.size();
+        Self {
+            key_value: inputs + 2 * dim * number,
+            query: inputs + 2 * number + dim * number,
+        }
     }
 }
 
 impl ClassNeeds {
-    /// Every set of pairs of an entry class as blocks on the packed runs.
+    /// Rows of queries that travel, if queries do.
+    fn queries(&self) -> Vec<Progression> {
+        runs_of(&self.pairs, |pairs| (pairs.query_piece, pairs.queries))
+    }
+
+    /// Every set of pairs of an entry class as blocks of own queries and the packed keys.
     fn slot_blocks(&self, entry: usize) -> Vec<PlannedBlock> {
-        let mut blocks = Vec::new();
-        for pairs in &self.pairs[entry] {
-            let mut base = 0;
-            for run in &self.runs {
-                let keys = pairs.keys.intersect(run);
-                if let Some(first) = keys.first() {
-                    let run_first = run.first().expect("a run is never empty");
-                    blocks.push(PlannedBlock {
-                        block: Block {
-                            queries: rows_of(&pairs.query_piece, pairs.queries),
-                            keys: Rows {
-                                first_row: base + ((first - run_first) / run.stride()) as usize,
-                                row_step: (keys.stride() / run.stride()).max(1) as usize,
-                                count: keys.count(),
-                                first_position: first,
-                                position_step: keys.stride(),
-                            },
-                            branch: pairs.branch as u32,
-                        },
-                        repeat: 1,
-                        period: 0,
-                    });
-                }
-                base += run.count();
-            }
-        }
-        blocks
+        let blocks = |pairs: &SegmentPairs| {
+            let queries = rows_of(&pairs.query_piece, pairs.queries);
+            let keys = packed_rows(pairs.keys, &self.keys);
+            let branch = pairs.branch as u32;
+            keys.into_iter()
+                .map(move |keys| once(queries, keys, branch))
+                .collect::<Vec<_>>()
+        };
+        self.pairs[entry].iter().flat_map(blocks).collect()
+    }
+
+    /// Every set of pairs of an entry class as blocks of packed queries and own keys.
+    fn guest_blocks(&self, entry: usize) -> Vec<PlannedBlock> {
+        let runs = self.queries();
+        let blocks = |pairs: &SegmentPairs| {
+            let keys = rows_of(&pairs.key_piece, pairs.keys);
+            let queries = packed_rows(pairs.queries, &runs);
+            let branch = pairs.branch as u32;
+            queries
+                .into_iter()
+                .map(move |queries| once(queries, keys, branch))
+                .collect::<Vec<_>>()
+        };
+        self.pairs[entry].iter().flat_map(blocks).collect()
     }
 }
 
-/// The rows of one piece that `pairs` read, each once. Runs never cross pieces: their rows are not neighbours.
-fn runs_in(piece: &Piece, pairs: &[Vec<SegmentPairs>]) -> Vec<Progression> {
-    let mut sets: Vec<Progression> = Vec::new();
-    let pairs = pairs.iter().flatten();
-    for pairs in pairs.filter(|pairs| pairs.key_piece == *piece) {
-        // Several pieces of queries want the same rows, or the first of them.
-        let same = |set: &&mut Progression| {
-            set.first() == pairs.keys.first() && set.stride() == pairs.keys.stride()
-        };
+/// A block without copies.
+fn once(queries: Rows, keys: Rows, branch: u32) -> PlannedBlock {
+    PlannedBlock {
+        block: Block {
+            queries,
+            keys,
+            branch,
+        },
+        repeat: 1,
+        period: 0,
+    }
+}
+
+/// Rows of `runs`, packed one run after the other, at which positions of `set` are.
+fn packed_rows(set: Progression, runs: &[Progression]) -> Vec<Rows> {
+    let mut rows = Vec::new();
+    let mut base = 0;
+    for run in runs {
+        let common = set.intersect(run);
+        if let Some(first) = common.first() {
+            let run_first = run.first().expect("a run is never empty");
+            rows.push(Rows {
+                first_row: base + ((first - run_first) / run.stride()) as usize,
+                row_step: (common.stride() / run.stride()).max(1) as usize,
+                count: common.count(),
+                first_position: first,
+                position_step: common.stride(),
+            });
+        }
+        base += run.count();
+    }
+    rows
+}
+
+/// The rows of `runs` for `heads`; `None` if there are none.
+fn head_rows(heads: Vec<usize>, runs: &[Progression], shard: &Shard) -> Option<HeadRows> {
+    let rows = |run: &Progression| {
+        let first = run.first().expect("a run is never empty");
+        rows_of(shard.piece_of(first), *run)
+    };
+    (!runs.is_empty()).then(|| HeadRows {
+        heads,
+        runs: runs.iter().map(rows).collect(),
+    })
+}
+
+/// The rows that `pairs` read on one side, which `pick` tells with their piece: each row once, ascending. Runs never cross
+/// pieces: their rows are not neighbours.
+fn runs_of(
+    pairs: &[Vec<SegmentPairs>],
+    pick: impl Fn(&SegmentPairs) -> (Piece, Progression),
+) -> Vec<Progression> {
+    let mut of_pieces: BTreeMap<i64, Vec<Progression>> = BTreeMap::new();
+    for (piece, rows) in pairs.iter().flatten().map(pick) {
+        let sets = of_pieces.entry(piece.start).or_default();
+        // Several pieces of the other side want the same rows, or the first of them.
+        let same =
+            |set: &&mut Progression| set.first() == rows.first() && set.stride() == rows.stride();
         match sets.iter_mut().find(same) {
-            Some(set) if set.last() < pairs.keys.last() => *set = pairs.keys,
+            Some(set) if set.last() < rows.last() => *set = rows,
             Some(_) => {}
-            None => sets.push(pairs.keys),
+            None => sets.push(rows),
         }
     }
-    disjoint_cover(sets)
+    of_pieces.into_values().flat_map(disjoint_cover).collect()
 }
 
 /// A progression of positions as rows of the piece that holds them.
@@ -482,13 +664,6 @@ fn rows_of(piece: &Piece, positions: Progression) -> Rows {
         first_position: first,
         position_step: positions.stride(),
     }
-}
-
-/// The piece that holds a run.
-fn piece_of(shard: &Shard, run: Progression) -> &Piece {
-    let first = run.first().expect("a run is never empty");
-    let after = shard.pieces.partition_point(|piece| piece.start <= first);
-    &shard.pieces[after - 1]
 }
 
 /// Repeated pairs, written out.

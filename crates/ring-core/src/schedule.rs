@@ -6,7 +6,7 @@
 use std::{fmt, sync::OnceLock};
 
 use ring_comm::Rank;
-use ring_kernels::{HeadBlocks, PackedRows, Problem};
+use ring_kernels::{HeadBlocks, HeadRows, PackedRows, Problem, RowLayout, Rows, TensorShape};
 
 use crate::plan::{Exchange, Message, Plan, Source, Step};
 
@@ -14,6 +14,8 @@ use crate::plan::{Exchange, Message, Plan, Source, Step};
 #[derive(Clone, Debug)]
 pub(crate) struct Schedule {
     pub(crate) steps: Vec<ScheduledStep>,
+    /// Those of the backward pass, if they are others.
+    backward: Option<Vec<ScheduledStep>>,
     /// What ranks compare.
     pub(crate) fields: Vec<(String, String)>,
 }
@@ -23,6 +25,8 @@ pub(crate) struct Schedule {
 pub(crate) struct ScheduledStep {
     pub(crate) source: Source,
     pub(crate) blocks: Vec<HeadBlocks>,
+    /// Blocks of queries that came from elsewhere and own keys.
+    pub(crate) guests: Vec<HeadBlocks>,
     pub(crate) exchange: Option<ScheduledExchange>,
 }
 
@@ -32,34 +36,60 @@ pub(crate) struct ScheduledExchange {
     pub(crate) distance: usize,
     pub(crate) send: Option<Parcel>,
     pub(crate) receive: Option<Parcel>,
+    pub(crate) send_queries: Option<QueryParcel>,
+    pub(crate) receive_queries: Option<QueryParcel>,
 }
 
-/// A [`Message`].
+/// A [`Message`] of keys and values, and of their gradients on the way back.
 #[derive(Clone, Debug)]
 pub(crate) struct Parcel {
     pub(crate) peer: Rank,
     pub(crate) rows: PackedRows,
 }
 
+/// A [`Message`] of queries and the gradients of their outputs, with what goes along and comes back.
+#[derive(Clone, Debug)]
+pub(crate) struct QueryParcel {
+    pub(crate) peer: Rank,
+    /// The shape of the tensors whose rows travel: the rank's own, or for a rank that they visit `[batch, query_heads, most
+    /// rows of a head, head_dim]`.
+    pub(crate) shape: TensorShape,
+    /// Queries and gradients of outputs.
+    pub(crate) rows: PackedRows,
+    /// Where the gradients of outputs lie in the message.
+    pub(crate) grad_output_layout: RowLayout,
+    /// Log-sum-exp and delta.
+    pub(crate) statistics: PackedRows,
+    /// Gradients of the queries.
+    pub(crate) gradients: PackedRows,
+}
+
 impl Schedule {
     fn new(plan: &Plan) -> Self {
-        let problem = plan.problem();
-        let scheduled = |step| ScheduledStep::new(step, &problem);
+        let problem = plan.ring_problem();
+        let scheduled = |steps: &[Step]| -> Vec<ScheduledStep> {
+            let step = |step| ScheduledStep::new(step, &problem);
+            steps.iter().map(step).collect()
+        };
+        let differs = !std::ptr::eq(plan.backward_steps(), plan.steps());
         Self {
-            steps: plan.steps().iter().map(scheduled).collect(),
+            steps: scheduled(plan.steps()),
+            backward: differs.then(|| scheduled(plan.backward_steps())),
             fields: plan.spec().fields(),
         }
     }
 
-    /// Elements of the largest message of this rank.
+    /// The steps of the backward pass.
+    pub(crate) fn backward(&self) -> &[ScheduledStep] {
+        self.backward.as_ref().unwrap_or(&self.steps)
+    }
+
+    /// Elements of the largest message of the rank's hops.
     pub(crate) fn largest_message(&self) -> usize {
-        let exchanges = self.steps.iter().filter_map(|step| step.exchange.as_ref());
-        exchanges
-            .flat_map(|exchange| [&exchange.send, &exchange.receive])
-            .flatten()
-            .map(|parcel| parcel.rows.len)
-            .max()
-            .unwrap_or(0)
+        let steps = self.steps.iter().chain(self.backward());
+        let exchanges = steps.filter_map(|step| step.exchange.as_ref());
+        let largest = exchanges.map(ScheduledExchange::largest_message);
+        largest.max().unwrap_or(0)
     }
 }
 
@@ -68,7 +98,8 @@ impl ScheduledStep {
         let exchange = step.exchange.as_ref();
         Self {
             source: step.source,
-            blocks: step.head_blocks(),
+            blocks: Step::head_blocks(&step.work),
+            guests: Step::head_blocks(&step.guests),
             exchange: exchange.map(|exchange| ScheduledExchange::new(exchange, problem)),
         }
     }
@@ -78,12 +109,85 @@ impl ScheduledExchange {
     fn new(exchange: &Exchange, problem: &Problem) -> Self {
         let parcel = |message: &Message| Parcel {
             peer: message.peer,
-            rows: message.packed(problem),
+            rows: PackedRows::new(problem.key_shape(), message.rows.clone(), 2),
         };
+        let own = |message| QueryParcel::of_owner(message, problem);
+        let guest = |message| QueryParcel::of_host(message, problem);
         Self {
             distance: exchange.distance,
             send: exchange.send.as_ref().map(parcel),
             receive: exchange.receive.as_ref().map(parcel),
+            send_queries: exchange.send_queries.as_ref().map(own),
+            receive_queries: exchange.receive_queries.as_ref().map(guest),
+        }
+    }
+
+    fn largest_message(&self) -> usize {
+        let rows = [&self.send, &self.receive].into_iter().flatten();
+        let queries = [&self.send_queries, &self.receive_queries];
+        let queries = queries.into_iter().flatten();
+        let lens = rows.map(|parcel| parcel.rows.len());
+        lens.chain(queries.map(|parcel| parcel.rows.len()))
+            .max()
+            .unwrap_or(0)
+    }
+}
+
+impl QueryParcel {
+    /// For the rank whose queries travel.
+    pub(crate) fn of_owner(message: &Message, problem: &Problem) -> Self {
+        Self::new(message.peer, problem.query_shape(), message.rows.clone())
+    }
+
+    /// For the rank that they visit: there, the rows of a head come one after the other.
+    fn of_host(message: &Message, problem: &Problem) -> Self {
+        let count = |entry: &HeadRows| entry.count();
+        let packed = |entry: &HeadRows| HeadRows {
+            heads: entry.heads.clone(),
+            runs: vec![Rows {
+                first_row: 0,
+                row_step: 1,
+                count: entry.count(),
+                first_position: 0,
+                position_step: 1,
+            }],
+        };
+        let shape = TensorShape {
+            rows: message.rows.iter().map(count).max().unwrap_or(0),
+            ..problem.query_shape()
+        };
+        let rows = message.rows.iter().map(packed).collect();
+        Self::new(message.peer, shape, rows)
+    }
+
+    fn new(peer: Rank, shape: TensorShape, rows: Vec<HeadRows>) -> Self {
+        let statistic = TensorShape {
+            head_dim: 1,
+            ..shape
+        };
+        let most = rows.iter().map(HeadRows::count).max().unwrap_or(0);
+        let statistics = PackedRows::new(statistic, rows.clone(), 2);
+        let gradients = PackedRows::new(shape, rows.clone(), 1);
+        let rows = PackedRows::new(shape, rows, 2).with_room_for(most, shape.batch);
+        let mut grad_output_layout = rows.layout.clone();
+        for base in &mut grad_output_layout.head_base {
+            *base += rows.part_len;
+        }
+        Self {
+            peer,
+            shape,
+            rows,
+            grad_output_layout,
+            statistics,
+            gradients,
+        }
+    }
+
+    /// The shape of the numbers that go along.
+    pub(crate) fn statistic_shape(&self) -> TensorShape {
+        TensorShape {
+            head_dim: 1,
+            ..self.shape
         }
     }
 }

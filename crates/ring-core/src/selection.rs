@@ -8,7 +8,11 @@ use std::collections::BTreeMap;
 
 use ring_kernels::Mask;
 
-use crate::{progression::Progression, sharding::Span, spec::AttentionSpec};
+use crate::{
+    place::{Piece, Place, Shard},
+    progression::Progression,
+    spec::AttentionSpec,
+};
 
 /// Batch entries to whose queries the same keys are visible.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,17 +88,20 @@ impl EntryClass {
 /// Key/value heads with the same offset in every branch, and therefore the same rows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct HeadClass {
+    /// Counted from the first one that the rank computes with.
     pub(crate) kv_heads: Vec<usize>,
     /// Offset in every branch; `None` where the heads do not have the branch.
     pub(crate) offsets: Vec<Option<usize>>,
 }
 
-/// The head classes of a computation, ordered by their first head.
-pub(crate) fn head_classes(spec: &AttentionSpec) -> Vec<HeadClass> {
+/// The head classes of what one of the ranks computes that divide the heads, ordered by their first head.
+pub(crate) fn head_classes(spec: &AttentionSpec, place: Place) -> Vec<HeadClass> {
     let kv_heads = spec.shape.kv_heads;
+    let of_rank = place.kv_heads(spec);
+    let first = of_rank.start;
     let mut index_of: BTreeMap<Vec<Option<usize>>, usize> = BTreeMap::new();
     let mut classes: Vec<HeadClass> = Vec::new();
-    for head in 0..kv_heads {
+    for head in of_rank {
         let offsets: Vec<Option<usize>> = (0..spec.pattern.branches().len())
             .map(|branch| spec.pattern.offset(branch, head, kv_heads))
             .collect();
@@ -105,65 +112,9 @@ pub(crate) fn head_classes(spec: &AttentionSpec) -> Vec<HeadClass> {
             });
             classes.len() - 1
         });
-        classes[index].kv_heads.push(head);
+        classes[index].kv_heads.push(head - first);
     }
     classes
-}
-
-/// Spans of positions with the local row at which each begins.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Shard {
-    pub(crate) pieces: Vec<Piece>,
-}
-
-/// One span of a shard, in positions that may be negative (queries before the first key).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Piece {
-    pub(crate) start: i64,
-    pub(crate) end: i64,
-    pub(crate) first_row: usize,
-}
-
-impl Shard {
-    fn new(spans: &[Span], offset: i64) -> Self {
-        let mut first_row = 0;
-        let pieces = spans
-            .iter()
-            .map(|span| {
-                let piece = Piece {
-                    start: span.start as i64 + offset,
-                    end: span.end as i64 + offset,
-                    first_row,
-                };
-                first_row += span.len();
-                piece
-            })
-            .collect();
-        Self { pieces }
-    }
-
-    /// The queries of `rank`, at their global positions.
-    pub(crate) fn queries(spec: &AttentionSpec, rank: usize) -> Self {
-        let spans = spec
-            .query_sharding
-            .spans(spec.query_length, spec.world_size, rank);
-        Self::new(&spans, spec.query_offset)
-    }
-
-    /// The keys of `rank`.
-    pub(crate) fn keys(spec: &AttentionSpec, rank: usize) -> Self {
-        let spans = spec
-            .key_sharding
-            .spans(spec.key_length, spec.world_size, rank);
-        Self::new(&spans, 0)
-    }
-}
-
-impl Piece {
-    /// Local row of a position of this piece.
-    pub(crate) fn row(&self, position: i64) -> usize {
-        self.first_row + (position - self.start) as usize
-    }
 }
 
 /// Selected queries and keys of one segment (or of `repeat` segments, `period` positions apart), with pairs to compute.

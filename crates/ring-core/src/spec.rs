@@ -11,6 +11,7 @@ use crate::{
     documents::Documents,
     pattern::{MAX_LENGTH, Pattern, PatternError},
     sharding::Sharding,
+    strategy::Strategy,
 };
 
 /// What cannot be computed.
@@ -110,6 +111,14 @@ pub enum SpecError {
         /// The limit.
         limit: u64,
     },
+    /// A strategy that cannot serve.
+    #[error("{strategy} cannot serve here: {reason}")]
+    Strategy {
+        /// The strategy.
+        strategy: Strategy,
+        /// Why not.
+        reason: String,
+    },
     /// A rank outside the group.
     #[error("rank {rank} does not exist among {world_size}")]
     Rank {
@@ -172,6 +181,8 @@ pub struct AttentionSpec {
     pub alibi_slopes: Option<Arc<[f32]>>,
     /// Probability that a weight is dropped, in `[0, 1)`. Which ones are follows from the seed that is given with the inputs.
     pub dropout: f32,
+    /// How ranks divide the computation among them.
+    pub strategy: Strategy,
 }
 
 impl AttentionSpec {
@@ -196,6 +207,7 @@ impl AttentionSpec {
             softcap: None,
             alibi_slopes: None,
             dropout: 0.0,
+            strategy: Strategy::Ring,
         }
         .checked()
     }
@@ -326,6 +338,14 @@ impl AttentionSpec {
         .checked()
     }
 
+    /// Another way to divide the computation among ranks. Set it last: what is changed later is checked against it.
+    ///
+    /// # Errors
+    /// [`SpecError::Strategy`] if it cannot serve.
+    pub fn with_strategy(self, strategy: Strategy) -> Result<Self, SpecError> {
+        Self { strategy, ..self }.checked()
+    }
+
     /// Factor on the output: that of the pattern, and what makes up for dropped weights.
     pub fn output_scale(&self) -> f32 {
         self.pattern.output_scale() / (1.0 - self.dropout)
@@ -373,6 +393,7 @@ impl AttentionSpec {
         self.pattern.check_heads(kv_heads)?;
         self.check_entries()?;
         self.check_scores()?;
+        self.strategy.check(&self)?;
         Ok(self)
     }
 
@@ -459,7 +480,7 @@ impl AttentionSpec {
         }
     }
 
-    /// What one rank's kernels see; dropout is not in it, since its seed comes with the inputs.
+    /// The sizes of one rank's own tensors; dropout is not in it, since its seed comes with the inputs.
     pub fn problem(&self, rank: usize) -> Problem {
         Problem {
             batch: self.shape.batch,
@@ -556,6 +577,7 @@ impl AttentionSpec {
                 })),
             ),
             ("dropout", exact(self.dropout)),
+            ("strategy", self.strategy.to_string()),
         ]
         .map(|(name, value)| (name.to_string(), value))
         .to_vec()

@@ -18,7 +18,7 @@ use ring_core::{
 };
 use ring_kernels::{
     BackwardInputs, ForwardState, HeadBlocks, KernelError, Kernels, KeyValue, KeyValueGradient,
-    PackedRows, Problem, RowLayout, Tensor,
+    PackedRows, Problem, RowLayout, Tensor, TensorShape,
 };
 
 /// The system's allocator, counting what each thread asks for.
@@ -104,13 +104,22 @@ impl Kernels<HostBuffer> for Idle {
 
     fn pack(
         &self,
-        _: &Problem,
-        key: Tensor<'_, HostBuffer>,
-        _: Tensor<'_, HostBuffer>,
+        _: TensorShape,
+        tensors: &[Tensor<'_, HostBuffer>],
         rows: &PackedRows,
         reuse: Option<HostBuffer>,
     ) -> Result<HostBuffer, KernelError> {
-        Ok(sized(key.data.dtype(), rows.len, reuse))
+        Ok(sized(tensors[0].data.dtype(), rows.len(), reuse))
+    }
+
+    fn place_rows(
+        &self,
+        _: TensorShape,
+        _: &HostBuffer,
+        _: &PackedRows,
+        _: &mut [&mut HostBuffer],
+    ) -> Result<(), KernelError> {
+        Ok(())
     }
 
     fn start(&self, problem: &Problem) -> Result<ForwardState<HostBuffer>, KernelError> {
@@ -169,11 +178,10 @@ impl Kernels<HostBuffer> for Idle {
 
     fn add_rows(
         &self,
-        _: &Problem,
+        _: TensorShape,
         _: &HostBuffer,
         _: &PackedRows,
-        _: &mut HostBuffer,
-        _: &mut HostBuffer,
+        _: &mut [&mut HostBuffer],
     ) -> Result<(), KernelError> {
         Ok(())
     }

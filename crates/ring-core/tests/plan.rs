@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 use ring_core::{
     AttentionSpec, CommunicationEstimate, Documents, Message, Pattern, Plan, Shape, Sharding,
-    Source, oracle::multiplicity,
+    Source, Step, oracle::multiplicity,
 };
 use ring_kernels::Rows;
 
@@ -36,7 +36,7 @@ fn plans(spec: &AttentionSpec) -> Vec<Plan> {
 fn packed_positions(message: &Message) -> BTreeMap<usize, Vec<i64>> {
     let mut by_head = BTreeMap::new();
     for entry in &message.rows {
-        for &head in &entry.kv_heads {
+        for &head in &entry.heads {
             let positions = entry
                 .runs
                 .iter()
@@ -62,7 +62,7 @@ fn counted(plan: &Plan) -> BTreeMap<Pair, usize> {
     let mut pairs = BTreeMap::new();
     let mut slot: Option<BTreeMap<usize, Vec<i64>>> = None;
     for step in plan.steps() {
-        for work in step.head_blocks() {
+        for work in Step::head_blocks(&step.work) {
             for &head in &work.kv_heads {
                 let keys = match step.source {
                     Source::Own => &own_keys,

@@ -35,6 +35,59 @@ impl Problem {
     pub fn group_size(&self) -> usize {
         self.query_heads / self.kv_heads
     }
+
+    /// The rank's queries, and what there is one of for each: outputs, their gradients.
+    pub fn query_shape(&self) -> TensorShape {
+        TensorShape {
+            batch: self.batch,
+            heads: self.query_heads,
+            rows: self.queries,
+            head_dim: self.head_dim,
+        }
+    }
+
+    /// The rank's keys, or its values.
+    pub fn key_shape(&self) -> TensorShape {
+        TensorShape {
+            batch: self.batch,
+            heads: self.kv_heads,
+            rows: self.keys,
+            head_dim: self.head_dim,
+        }
+    }
+
+    /// One number for each query: log-sum-exp, delta.
+    pub fn statistic_shape(&self) -> TensorShape {
+        TensorShape {
+            head_dim: 1,
+            ..self.query_shape()
+        }
+    }
+}
+
+/// Sizes of a `[batch, heads, rows, head_dim]` tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorShape {
+    /// Batch size.
+    pub batch: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Rows of each head.
+    pub rows: usize,
+    /// Elements of a row.
+    pub head_dim: usize,
+}
+
+impl TensorShape {
+    /// Elements of the whole tensor.
+    pub fn elements(&self) -> usize {
+        self.batch * self.heads * self.rows * self.head_dim
+    }
+
+    /// Where the rows lie if the tensor is contiguous.
+    pub fn contiguous(&self) -> RowLayout {
+        RowLayout::contiguous(self.heads, self.rows, self.head_dim)
+    }
 }
 
 /// Which pairs of global positions a block admits: for a query at `n`, the keys from `n - left` to `n + right`.
@@ -241,11 +294,11 @@ pub enum KeyValueGradient<'a, B: Buffer> {
     },
 }
 
-/// Rows that travel for a set of key/value heads, in the order in which they are packed.
+/// Rows that travel for a set of heads, in the order in which they are packed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HeadRows {
-    /// Key/value heads.
-    pub kv_heads: Vec<usize>,
+    /// Heads.
+    pub heads: Vec<usize>,
     /// Rows of the owner's local tensor; no row occurs twice.
     pub runs: Vec<Rows>,
 }
@@ -259,42 +312,66 @@ impl HeadRows {
 
 /// The rows of one message, and how they lie in it.
 ///
-/// The message holds keys in its first half and values in its second. A half is ordered by batch, then by key/value head,
+/// The message has a part for every tensor whose rows it holds: keys and values, say. A part is ordered by batch, then by head,
 /// then by the runs of that head. A head that is in no entry of `rows` has no rows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PackedRows {
     /// What is packed.
     pub rows: Vec<HeadRows>,
-    /// Where it lies within each half.
+    /// Where it lies within each part.
     pub layout: RowLayout,
-    /// Elements of the whole message: both halves, all batch entries.
-    pub len: usize,
+    /// Number of parts.
+    pub parts: usize,
+    /// Elements of a part: of all batch entries.
+    pub part_len: usize,
 }
 
 impl PackedRows {
-    /// Lays out `rows` for a problem.
-    pub fn new(problem: &Problem, rows: Vec<HeadRows>) -> Self {
-        let mut counts = vec![0; problem.kv_heads];
+    /// Lays out `rows` of `parts` tensors of one shape.
+    pub fn new(shape: TensorShape, rows: Vec<HeadRows>, parts: usize) -> Self {
+        let mut counts = vec![0; shape.heads];
         for entry in &rows {
-            for &head in &entry.kv_heads {
+            for &head in &entry.heads {
                 counts[head] = entry.count();
             }
         }
         let mut head_base = Vec::with_capacity(counts.len());
         let mut total = 0;
         for count in counts {
-            head_base.push(total * problem.head_dim);
+            head_base.push(total * shape.head_dim);
             total += count;
         }
-        let batch_stride = total * problem.head_dim;
+        let batch_stride = total * shape.head_dim;
         Self {
             rows,
             layout: RowLayout {
                 batch_stride,
                 head_base,
-                row_stride: problem.head_dim,
+                row_stride: shape.head_dim,
             },
-            len: 2 * problem.batch * batch_stride,
+            parts,
+            part_len: shape.batch * batch_stride,
         }
+    }
+
+    /// The same with parts so long that `rows` rows can be read at the start of every head, whatever they are: for kernels that
+    /// take tensors whose heads have equally many rows.
+    #[must_use]
+    pub fn with_room_for(mut self, rows: usize, batch: usize) -> Self {
+        let last_head = self.layout.head_base.iter().max().copied().unwrap_or(0);
+        let last_entry = batch.saturating_sub(1) * self.layout.batch_stride;
+        let needed = last_entry + last_head + rows * self.layout.row_stride;
+        self.part_len = self.part_len.max(needed);
+        self
+    }
+
+    /// Elements of the whole message.
+    pub fn len(&self) -> usize {
+        self.parts * self.part_len
+    }
+
+    /// Whether the message has no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 }

@@ -2,7 +2,9 @@
 
 use ring_comm::buffer::DType;
 
-use crate::{HeadBlocks, HeadRows, KernelError, PackedRows, Problem, RowLayout, Rows, Scores};
+use crate::{
+    HeadBlocks, HeadRows, KernelError, PackedRows, Problem, RowLayout, Rows, Scores, TensorShape,
+};
 
 /// The sizes of a problem, known not to overflow.
 pub(crate) struct Sizes {
@@ -171,17 +173,6 @@ pub(crate) fn query_tensor(
     tensor(what, (len, layout), problem, heads, |_| problem.queries)
 }
 
-/// Checks a tensor of the problem's own keys or values.
-pub(crate) fn key_tensor(
-    what: &'static str,
-    len: usize,
-    layout: &RowLayout,
-    problem: &Problem,
-) -> Result<(), KernelError> {
-    let heads = problem.kv_heads;
-    tensor(what, (len, layout), problem, heads, |_| problem.keys)
-}
-
 /// Checks the keys or the values of checked blocks, own ones or those of a slot.
 pub(crate) fn source_tensor(
     what: &'static str,
@@ -270,9 +261,7 @@ fn inside(what: &str, end: usize, owned: usize) -> Result<(), KernelError> {
 
 fn heads(listed: &[usize], kv_heads: usize) -> Result<(), KernelError> {
     match listed.iter().find(|&&head| head >= kv_heads) {
-        Some(head) => invalid(format!(
-            "key/value head {head} is listed, but there are {kv_heads}"
-        )),
+        Some(head) => invalid(format!("head {head} is listed, but there are {kv_heads}")),
         None => Ok(()),
     }
 }
@@ -323,29 +312,76 @@ pub(crate) fn own_keys(problem: &Problem, blocks: &[HeadBlocks]) -> Result<(), K
     Ok(())
 }
 
-/// Checks the rows of a message: that the owner has them, and that the message has room for them.
-pub(crate) fn packed_rows(problem: &Problem, packed: &PackedRows) -> Result<(), KernelError> {
+/// Checks a contiguous tensor; returns its elements.
+pub(crate) fn elements(shape: TensorShape) -> Result<usize, KernelError> {
+    let TensorShape {
+        batch,
+        heads,
+        rows,
+        head_dim,
+    } = shape;
+    product(&[batch, heads, rows, head_dim])
+}
+
+/// Checks a tensor whose rows travel.
+pub(crate) fn shaped_tensor(
+    what: &'static str,
+    len: usize,
+    layout: &RowLayout,
+    shape: TensorShape,
+) -> Result<(), KernelError> {
+    elements(shape)?;
+    let span = span(
+        layout,
+        shape.batch,
+        shape.heads,
+        |_| shape.rows,
+        shape.head_dim,
+    )?;
+    size(what, len, span)
+}
+
+/// Checks the rows of a message that is made of `tensors` tensors: that the owner has them, and that the message has room for
+/// them.
+pub(crate) fn packed_rows(
+    shape: TensorShape,
+    packed: &PackedRows,
+    tensors: usize,
+) -> Result<(), KernelError> {
+    if shape.head_dim == 0 {
+        return invalid("rows of a message have no elements; they must have at least 1".into());
+    }
+    if packed.parts != tensors {
+        return invalid(format!(
+            "a message of {} parts cannot hold rows of {tensors} tensors",
+            packed.parts
+        ));
+    }
     for entry in &packed.rows {
-        heads(&entry.kv_heads, problem.kv_heads)?;
+        heads(&entry.heads, shape.heads)?;
         for run in &entry.runs {
             inside(
                 "the rows of a message",
                 end("rows of a message", run)?,
-                problem.keys,
+                shape.rows,
             )?;
         }
     }
     let of_head = |head| {
         let entries = packed.rows.iter();
-        entries.filter(move |entry| entry.kv_heads.contains(&head) && entry.count() > 0)
+        entries.filter(move |entry| entry.heads.contains(&head) && entry.count() > 0)
     };
-    if let Some(head) = (0..problem.kv_heads).find(|&head| of_head(head).count() > 1) {
-        return invalid(format!(
-            "key/value head {head} is listed twice in one message"
-        ));
+    if let Some(head) = (0..shape.heads).find(|&head| of_head(head).count() > 1) {
+        return invalid(format!("head {head} is listed twice in one message"));
     }
     let rows = |head| of_head(head).map(HeadRows::count).sum();
-    let heads = problem.kv_heads;
-    let span = span(&packed.layout, problem.batch, heads, rows, problem.head_dim)?;
-    size("half a message", packed.len / 2, span)
+    let span = span(
+        &packed.layout,
+        shape.batch,
+        shape.heads,
+        rows,
+        shape.head_dim,
+    )?;
+    product(&[packed.parts, packed.part_len])?;
+    size("a part of a message", packed.part_len, span)
 }

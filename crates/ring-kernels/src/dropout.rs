@@ -15,6 +15,8 @@ pub struct Dropout {
     pub seed: u64,
     /// What the first batch entry counts as, if batches are parts of a larger one.
     pub first_entry: u32,
+    /// Which query heads these are, if they are a part of those of a computation: the first one, and the number of all.
+    pub part_of_heads: Option<(u32, u32)>,
 }
 
 impl Dropout {
@@ -25,6 +27,16 @@ impl Dropout {
             threshold: (f64::from(probability) * 2_f64.powi(32)) as u32,
             seed,
             first_entry,
+            part_of_heads: None,
+        }
+    }
+
+    /// The same for a problem whose query heads are those from `first` on of `all` heads.
+    #[must_use]
+    pub fn of_heads(self, first: u32, all: u32) -> Self {
+        Self {
+            part_of_heads: Some((first, all)),
+            ..self
         }
     }
 
@@ -38,9 +50,10 @@ impl Dropout {
     /// What tells the (batch entry, query head) pairs of a computation apart, as long as there are at most 2^32, entries counted
     /// from `first_entry`'s 0.
     pub fn stream(&self, entry: usize, query_heads: usize, query_head: usize) -> u32 {
+        let (first, all) = self.part_of_heads.unwrap_or((0, query_heads as u32));
         (self.first_entry.wrapping_add(entry as u32))
-            .wrapping_mul(query_heads as u32)
-            .wrapping_add(query_head as u32)
+            .wrapping_mul(all)
+            .wrapping_add(first.wrapping_add(query_head as u32))
     }
 
     /// The generator's key.
@@ -98,6 +111,18 @@ pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_part_of_the_heads_drops_as_it_does_among_all() {
+        let dropout = Dropout::new(0.5, 3, 7);
+        let part = dropout.of_heads(4, 6);
+        for (entry, head) in [(0, 0), (0, 1), (2, 1)] {
+            assert_eq!(
+                part.stream(entry, 2, head),
+                dropout.stream(entry, 6, 4 + head)
+            );
+        }
+    }
 
     /// The known answers that Random123 publishes (kat_vectors).
     #[test]

@@ -3,7 +3,9 @@
 use ring_comm::buffer::{Buffer, DType};
 use thiserror::Error;
 
-use crate::block::{HeadBlocks, KeyValue, KeyValueGradient, PackedRows, Problem, Tensor};
+use crate::block::{
+    HeadBlocks, KeyValue, KeyValueGradient, PackedRows, Problem, Tensor, TensorShape,
+};
 
 /// Running state of a forward pass over a rank's own query rows, f32 whatever the input type.
 ///
@@ -93,18 +95,30 @@ pub trait Kernels<B: Buffer>: Send + Sync {
     /// The element type of a view.
     fn dtype(&self, view: B::View<'_>) -> DType;
 
-    /// Copies the rows that travel into a message of the element type of `key`; reuses the memory of `reuse`.
+    /// Copies the rows that travel into a message of the tensors' element type, a part for each tensor; takes over the memory of
+    /// `reuse` where that serves. All `tensors` have the shape `shape`.
     ///
     /// # Errors
-    /// [`KernelError`] for buffers of the wrong type or size.
+    /// [`KernelError`] for tensors of the wrong type, size or number.
     fn pack(
         &self,
-        problem: &Problem,
-        key: Tensor<'_, B>,
-        value: Tensor<'_, B>,
+        shape: TensorShape,
+        tensors: &[Tensor<'_, B>],
         rows: &PackedRows,
         reuse: Option<B>,
     ) -> Result<B, KernelError>;
+
+    /// Copies the rows of a message to where they belong in contiguous `targets` of the shape `shape`, one for each part.
+    ///
+    /// # Errors
+    /// [`KernelError`] for buffers of the wrong type, size or number.
+    fn place_rows(
+        &self,
+        shape: TensorShape,
+        message: &B,
+        rows: &PackedRows,
+        targets: &mut [&mut B],
+    ) -> Result<(), KernelError>;
 
     /// State of rows that have seen nothing.
     ///
@@ -173,18 +187,16 @@ pub trait Kernels<B: Buffer>: Send + Sync {
         grad_key_value: KeyValueGradient<'_, B>,
     ) -> Result<(), KernelError>;
 
-    /// Adds gradients that came home (`slot`, f32, laid out by `rows`) to the owner's f32 gradients, contiguous
-    /// `[batch, kv_heads, keys, head_dim]`.
+    /// Adds the rows of a message of gradients, f32, to those of contiguous f32 `targets` of the shape `shape`, one for each part.
     ///
     /// # Errors
-    /// [`KernelError`] for buffers of the wrong type or size.
+    /// [`KernelError`] for buffers of the wrong type, size or number.
     fn add_rows(
         &self,
-        problem: &Problem,
-        slot: &B,
+        shape: TensorShape,
+        message: &B,
         rows: &PackedRows,
-        grad_key: &mut B,
-        grad_value: &mut B,
+        targets: &mut [&mut B],
     ) -> Result<(), KernelError>;
 
     /// Rounds an f32 buffer to `dtype`, once; returns it unchanged if it is f32 already.

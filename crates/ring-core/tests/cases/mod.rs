@@ -173,3 +173,13 @@ pub(crate) fn any_spec(max_length: usize) -> impl Strategy<Value = AttentionSpec
         },
     )
 }
+
+/// Any of them, divided by any strategy that can serve.
+#[allow(dead_code, reason = "not every test that has these cases divides them")]
+pub(crate) fn any_divided_spec(max_length: usize) -> impl Strategy<Value = AttentionSpec> {
+    (any_spec(max_length), any::<prop::sample::Index>()).prop_map(|(spec, index)| {
+        let candidates = ring_core::Strategy::candidates(&spec);
+        let strategy = *index.get(&candidates);
+        spec.with_strategy(strategy).unwrap()
+    })
+}

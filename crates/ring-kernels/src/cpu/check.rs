@@ -5,7 +5,7 @@ use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
 use super::scratch::HostTensor;
 use crate::check::{self, own_keys, source_tensor};
 pub(super) use crate::check::{
-    blocks, dtype, gradient_layout, key_rows, packed_rows, problem, size,
+    blocks, dtype, elements, gradient_layout, key_rows, packed_rows, problem, shaped_tensor, size,
 };
 use crate::{HeadBlocks, KernelError, KeyValue, Problem};
 
@@ -47,15 +47,6 @@ pub(super) fn query_tensor(
     problem: &Problem,
 ) -> Result<(), KernelError> {
     check::query_tensor(what, of.data.len(), of.layout, problem)
-}
-
-/// Checks a tensor of the problem's own keys or values.
-pub(super) fn key_tensor(
-    what: &'static str,
-    of: HostTensor<'_>,
-    problem: &Problem,
-) -> Result<(), KernelError> {
-    check::key_tensor(what, of.data.len(), of.layout, problem)
 }
 
 /// Checks the key/value source of checked blocks; returns its keys and its values.

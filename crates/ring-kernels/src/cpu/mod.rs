@@ -37,7 +37,7 @@ use self::scratch::{Cut, Pool};
 use self::threads::Threads;
 use crate::{
     BackwardInputs, ForwardState, HeadBlocks, KernelError, Kernels, KeyValue, KeyValueGradient,
-    PackedRows, Problem, Tensor,
+    PackedRows, Problem, Tensor, TensorShape,
 };
 
 /// Attention on the CPU: vector instructions chosen at run time, and a thread pool of this rank's own.
@@ -148,14 +148,23 @@ impl Kernels<HostBuffer> for CpuKernels {
 
     fn pack(
         &self,
-        problem: &Problem,
-        key: Tensor<'_, HostBuffer>,
-        value: Tensor<'_, HostBuffer>,
+        shape: TensorShape,
+        tensors: &[Tensor<'_, HostBuffer>],
         rows: &PackedRows,
         reuse: Option<HostBuffer>,
     ) -> Result<HostBuffer, KernelError> {
-        let threads = &self.workers.threads;
-        pack::pack(threads, problem, key.into(), value.into(), rows, reuse)
+        let tensors: Vec<_> = tensors.iter().map(|&tensor| tensor.into()).collect();
+        pack::pack(&self.workers.threads, shape, &tensors, rows, reuse)
+    }
+
+    fn place_rows(
+        &self,
+        shape: TensorShape,
+        message: &HostBuffer,
+        rows: &PackedRows,
+        targets: &mut [&mut HostBuffer],
+    ) -> Result<(), KernelError> {
+        pack::place_rows(shape, message, rows, targets)
     }
 
     fn start(&self, problem: &Problem) -> Result<ForwardState<HostBuffer>, KernelError> {
@@ -240,13 +249,12 @@ impl Kernels<HostBuffer> for CpuKernels {
 
     fn add_rows(
         &self,
-        problem: &Problem,
-        slot: &HostBuffer,
+        shape: TensorShape,
+        message: &HostBuffer,
         rows: &PackedRows,
-        grad_key: &mut HostBuffer,
-        grad_value: &mut HostBuffer,
+        targets: &mut [&mut HostBuffer],
     ) -> Result<(), KernelError> {
-        pack::add_rows(problem, slot, rows, grad_key, grad_value)
+        pack::add_rows(shape, message, rows, targets)
     }
 
     fn round(&self, buffer: HostBuffer, dtype: DType) -> Result<HostBuffer, KernelError> {

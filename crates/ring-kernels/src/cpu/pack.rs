@@ -1,119 +1,182 @@
-//! Rows that travel: copied into a message by their owner, and gradients added when they come home.
+//! Rows that travel: copied into a message by their owner, copied or added to where they belong when they arrive.
 
 use half::{bf16, f16};
-use ring_comm::buffer::{Buffer, HostBuffer, HostView};
+use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
 
 use super::check;
 use super::memory::{Element, room};
 use super::scratch::HostTensor;
 use super::threads::Threads;
-use crate::{KernelError, PackedRows, Problem, RowLayout};
+use crate::{KernelError, PackedRows, RowLayout, TensorShape};
 
 /// Copies the rows that travel into a message; see [`Kernels::pack`](crate::Kernels::pack).
 pub(super) fn pack(
     threads: &Threads,
-    problem: &Problem,
-    key: HostTensor<'_>,
-    value: HostTensor<'_>,
+    shape: TensorShape,
+    tensors: &[HostTensor<'_>],
     rows: &PackedRows,
     reuse: Option<HostBuffer>,
 ) -> Result<HostBuffer, KernelError> {
-    check::problem(problem)?;
-    check::key_tensor("key", key, problem)?;
-    check::key_tensor("value", value, problem)?;
-    check::dtype("value", value.data.dtype(), key.data.dtype())?;
-    check::packed_rows(problem, rows)?;
-    match (key.data, value.data) {
-        (HostView::F32(keys), HostView::F32(values)) => copy::<f32>(
-            threads,
-            problem,
-            [(keys, key.layout), (values, value.layout)],
-            rows,
-            reuse,
-        ),
-        (HostView::F16(keys), HostView::F16(values)) => copy::<f16>(
-            threads,
-            problem,
-            [(keys, key.layout), (values, value.layout)],
-            rows,
-            reuse,
-        ),
-        (HostView::BF16(keys), HostView::BF16(values)) => copy::<bf16>(
-            threads,
-            problem,
-            [(keys, key.layout), (values, value.layout)],
-            rows,
-            reuse,
-        ),
-        _ => unreachable!("the element types were found to be equal"),
+    check::packed_rows(shape, rows, tensors.len())?;
+    let dtype = tensors
+        .first()
+        .map_or(DType::F32, |tensor| tensor.data.dtype());
+    for tensor in tensors {
+        check::dtype("a tensor to pack", tensor.data.dtype(), dtype)?;
+        check::shaped_tensor("a tensor to pack", tensor.data.len(), tensor.layout, shape)?;
+    }
+    match dtype {
+        DType::F32 => copy::<f32>(threads, shape, tensors, rows, reuse),
+        DType::F16 => copy::<f16>(threads, shape, tensors, rows, reuse),
+        DType::BF16 => copy::<bf16>(threads, shape, tensors, rows, reuse),
     }
 }
 
-fn copy<T: Element>(
+/// Elements that a view may have.
+trait Viewed: Element {
+    /// The elements of a view of this type, none of another.
+    fn of(view: HostView<'_>) -> &[Self];
+
+    /// The elements of a buffer of this type, none of another.
+    fn of_mut(buffer: &mut HostBuffer) -> &mut [Self];
+}
+
+macro_rules! viewed {
+    ($type:ty, $variant:ident) => {
+        impl Viewed for $type {
+            fn of(view: HostView<'_>) -> &[Self] {
+                match view {
+                    HostView::$variant(values) => values,
+                    _ => &[],
+                }
+            }
+
+            fn of_mut(buffer: &mut HostBuffer) -> &mut [Self] {
+                match buffer {
+                    HostBuffer::$variant(values) => values,
+                    _ => &mut [],
+                }
+            }
+        }
+    };
+}
+
+viewed!(f32, F32);
+viewed!(f16, F16);
+viewed!(bf16, BF16);
+
+fn copy<T: Viewed>(
     threads: &Threads,
-    problem: &Problem,
-    sources: [(&[T], &RowLayout); 2],
+    shape: TensorShape,
+    tensors: &[HostTensor<'_>],
     rows: &PackedRows,
     reuse: Option<HostBuffer>,
 ) -> Result<HostBuffer, KernelError> {
-    let mut message = room::<T>(threads, rows.len, reuse)?;
-    let (keys, values) = message.split_at_mut(rows.len / 2);
-    for (half, (source, layout)) in [keys, values].into_iter().zip(sources) {
-        for_each_row(problem, rows, |batch, head, row, packed| {
-            let from = layout.offset(batch, head, row);
-            half[packed..packed + problem.head_dim]
-                .copy_from_slice(&source[from..from + problem.head_dim]);
-        });
+    let mut message = room::<T>(threads, rows.len(), reuse)?;
+    if !message.is_empty() {
+        let parts = message.chunks_mut(rows.part_len);
+        for (part, tensor) in parts.zip(tensors) {
+            let source = T::of(tensor.data);
+            for_each_row(shape, rows, tensor.layout, |row, packed| {
+                part[packed..packed + shape.head_dim]
+                    .copy_from_slice(&source[row..row + shape.head_dim]);
+            });
+        }
     }
     Ok(T::wrap(message))
 }
 
-/// Adds gradients that came home; see [`Kernels::add_rows`](crate::Kernels::add_rows).
-pub(super) fn add_rows(
-    problem: &Problem,
-    slot: &HostBuffer,
+/// Copies rows to where they belong; see [`Kernels::place_rows`](crate::Kernels::place_rows).
+pub(super) fn place_rows(
+    shape: TensorShape,
+    message: &HostBuffer,
     rows: &PackedRows,
-    grad_key: &mut HostBuffer,
-    grad_value: &mut HostBuffer,
+    targets: &mut [&mut HostBuffer],
 ) -> Result<(), KernelError> {
-    let sizes = check::problem(problem)?;
-    check::packed_rows(problem, rows)?;
-    let message = check::f32s("gradient slot", slot.view(), rows.len)?;
-    let (keys, values) = message.split_at(rows.len / 2);
-    let own = RowLayout::contiguous(problem.kv_heads, problem.keys, problem.head_dim);
-    for (what, half, gradient) in [
-        ("grad_key", keys, grad_key),
-        ("grad_value", values, grad_value),
-    ] {
-        let gradient = check::f32s_mut(what, gradient, sizes.key_elements)?;
-        for_each_row(problem, rows, |batch, head, row, packed| {
-            let to = own.offset(batch, head, row);
-            let target = &mut gradient[to..to + problem.head_dim];
-            let terms = &half[packed..packed + problem.head_dim];
-            target
-                .iter_mut()
-                .zip(terms)
-                .for_each(|(x, term)| *x += term);
-        });
+    let dtype = message.dtype();
+    check_arrival(shape, message, rows, targets, dtype)?;
+    match dtype {
+        DType::F32 => arrive::<f32>(shape, message, rows, targets, |x, new| *x = new),
+        DType::F16 => arrive::<f16>(shape, message, rows, targets, |x, new| *x = new),
+        DType::BF16 => arrive::<bf16>(shape, message, rows, targets, |x, new| *x = new),
     }
     Ok(())
 }
 
-/// Calls `visit(batch, kv_head, local row, start in its half of the message)` for every row of a message.
-fn for_each_row(
-    problem: &Problem,
-    packed: &PackedRows,
-    mut visit: impl FnMut(usize, usize, usize, usize),
+/// Adds gradients that came home; see [`Kernels::add_rows`](crate::Kernels::add_rows).
+pub(super) fn add_rows(
+    shape: TensorShape,
+    message: &HostBuffer,
+    rows: &PackedRows,
+    targets: &mut [&mut HostBuffer],
+) -> Result<(), KernelError> {
+    check_arrival(shape, message, rows, targets, DType::F32)?;
+    arrive::<f32>(shape, message, rows, targets, |x, term| *x += term);
+    Ok(())
+}
+
+fn check_arrival(
+    shape: TensorShape,
+    message: &HostBuffer,
+    rows: &PackedRows,
+    targets: &[&mut HostBuffer],
+    dtype: DType,
+) -> Result<(), KernelError> {
+    check::packed_rows(shape, rows, targets.len())?;
+    check::dtype("a message", message.dtype(), dtype)?;
+    check::size("a message", message.len(), rows.len())?;
+    let elements = check::elements(shape)?;
+    for target in targets {
+        check::dtype("a target of rows", target.dtype(), dtype)?;
+        check::size("a target of rows", target.len(), elements)?;
+    }
+    Ok(())
+}
+
+fn arrive<T: Viewed>(
+    shape: TensorShape,
+    message: &HostBuffer,
+    rows: &PackedRows,
+    targets: &mut [&mut HostBuffer],
+    merge: impl Fn(&mut T, T),
 ) {
-    for batch in 0..problem.batch {
+    if rows.is_empty() {
+        return;
+    }
+    let layout = shape.contiguous();
+    let parts = T::of(message.view()).chunks(rows.part_len);
+    for (part, target) in parts.zip(targets) {
+        let target = T::of_mut(target);
+        for_each_row(shape, rows, &layout, |row, packed| {
+            let targets = &mut target[row..row + shape.head_dim];
+            let news = &part[packed..packed + shape.head_dim];
+            targets
+                .iter_mut()
+                .zip(news)
+                .for_each(|(x, new)| merge(x, *new));
+        });
+    }
+}
+
+/// Calls `visit(start in a tensor laid out by layout, start in its part of the message)` for every row of a message.
+fn for_each_row(
+    shape: TensorShape,
+    packed: &PackedRows,
+    layout: &RowLayout,
+    mut visit: impl FnMut(usize, usize),
+) {
+    for batch in 0..shape.batch {
         for entry in &packed.rows {
-            for &head in &entry.kv_heads {
+            for &head in &entry.heads {
                 let local = entry
                     .runs
                     .iter()
                     .flat_map(|run| (0..run.count).map(|i| run.row(i)));
                 for (index, row) in local.enumerate() {
-                    visit(batch, head, row, packed.layout.offset(batch, head, index));
+                    visit(
+                        layout.offset(batch, head, row),
+                        packed.layout.offset(batch, head, index),
+                    );
                 }
             }
         }

@@ -546,10 +546,10 @@ fn one_head_on_many_threads_matches_the_oracle() {
 fn packed_case(problem: &Problem) -> (PackedRows, Vec<HeadBlocks>, Vec<HeadBlocks>) {
     let runs = [vec![rows(1, 3, 30), rows(100, 2, 15)], vec![rows(0, 2, 60)]];
     let packed = runs.iter().enumerate().map(|(head, runs)| HeadRows {
-        kv_heads: vec![head],
+        heads: vec![head],
         runs: runs.clone(),
     });
-    let packed = PackedRows::new(problem, packed.collect());
+    let packed = PackedRows::new(problem.key_shape(), packed.collect(), 2);
     let queries = rows(0, 1, problem.queries);
     let (mut own, mut slot) = (Vec::new(), Vec::new());
     for (head, runs) in runs.iter().enumerate() {
@@ -581,8 +581,10 @@ fn packed_rows_give_what_own_rows_give() {
         let expected = case.run(&kernels).unwrap();
 
         let (key, value) = (operands.key.tensor(), operands.value.tensor());
-        let slot = kernels.pack(&problem, key, value, &packed, None).unwrap();
-        assert_eq!((slot.dtype(), slot.len()), (dtype, packed.len));
+        let slot = kernels
+            .pack(problem.key_shape(), &[key, value], &packed, None)
+            .unwrap();
+        assert_eq!((slot.dtype(), slot.len()), (dtype, packed.len()));
         let source = KeyValue::Slot {
             slot: &slot,
             layout: &packed.layout,
@@ -613,7 +615,7 @@ fn packed_rows_give_what_own_rows_give() {
             delta: &delta,
         };
         let mut grad_query = HostBuffer::zeros(DType::F32, operands.query.buffer.len());
-        let mut grad_slot = HostBuffer::zeros(DType::F32, packed.len);
+        let mut grad_slot = HostBuffer::zeros(DType::F32, packed.len());
         let grad = KeyValueGradient::Slot {
             slot: &mut grad_slot,
             layout: &packed.layout,
@@ -633,11 +635,10 @@ fn packed_rows_give_what_own_rows_give() {
         let mut grad_value = grad_key.clone();
         kernels
             .add_rows(
-                &problem,
+                problem.key_shape(),
                 &grad_slot,
                 &packed,
-                &mut grad_key,
-                &mut grad_value,
+                &mut [&mut grad_key, &mut grad_value],
             )
             .unwrap();
         assert_eq!(grad_query, expected.grad_query);
@@ -665,19 +666,21 @@ fn a_message_is_keys_then_values_by_batch_head_and_run() {
         },
     };
     let runs = vec![rows(3, 1, 1), rows(0, 2, 2)];
+    let shape = problem.key_shape();
     let packed = PackedRows::new(
-        &problem,
+        shape,
         vec![HeadRows {
-            kv_heads: vec![1],
+            heads: vec![1],
             runs,
         }],
+        2,
     );
     let kernels = CpuKernels::new(1).unwrap();
-    let reuse = Vec::with_capacity(packed.len);
+    let reuse = Vec::with_capacity(packed.len());
     let memory = reuse.as_ptr();
     let reuse = Some(HostBuffer::F32(reuse));
     let message = kernels
-        .pack(&problem, tensor("key"), tensor("value"), &packed, reuse)
+        .pack(shape, &[tensor("key"), tensor("value")], &packed, reuse)
         .unwrap();
     let expected = [
         7.0, 4.0, 6.0, 15.0, 12.0, 14.0, 107.0, 104.0, 106.0, 115.0, 112.0, 114.0,
@@ -689,9 +692,34 @@ fn a_message_is_keys_then_values_by_batch_head_and_run() {
         "the memory was not reused"
     );
 
+    let (mut placed_key, mut placed_value) = (
+        HostBuffer::zeros(DType::F32, 16),
+        HostBuffer::zeros(DType::F32, 16),
+    );
+    kernels
+        .place_rows(
+            shape,
+            &message,
+            &packed,
+            &mut [&mut placed_key, &mut placed_value],
+        )
+        .unwrap();
+    for (placed, whole) in [(&placed_key, &key), (&placed_value, &value)] {
+        let pairs = placed.as_f32().unwrap().iter().zip(whole.as_f32().unwrap());
+        for (i, (placed, whole)) in pairs.enumerate() {
+            let travelled = [4, 6, 7, 12, 14, 15].contains(&i);
+            assert_eq!(*placed, if travelled { *whole } else { 0.0 }, "row {i}");
+        }
+    }
+
     let (mut grad_key, mut grad_value) = (key.clone(), value.clone());
     kernels
-        .add_rows(&problem, &message, &packed, &mut grad_key, &mut grad_value)
+        .add_rows(
+            shape,
+            &message,
+            &packed,
+            &mut [&mut grad_key, &mut grad_value],
+        )
         .unwrap();
     for (got, before) in [(&grad_key, &key), (&grad_value, &value)] {
         for (i, (got, before)) in got
@@ -941,29 +969,28 @@ fn messages_with_bad_rows_are_refused() {
     let problem = problem(1, (2, 2), 8, (20, 30));
     let operands = full(problem.clone()).operands();
     let kernels = CpuKernels::new(1).unwrap();
+    let shape = problem.key_shape();
     let pack = |packed: &PackedRows| {
-        kernels.pack(
-            &problem,
-            operands.key.tensor(),
-            operands.value.tensor(),
-            packed,
-            None,
-        )
+        let tensors = [operands.key.tensor(), operands.value.tensor()];
+        kernels.pack(shape, &tensors, packed, None)
     };
-    let entry = |kv_heads: &[usize], run| HeadRows {
-        kv_heads: kv_heads.to_vec(),
+    let entry = |heads: &[usize], run| HeadRows {
+        heads: heads.to_vec(),
         runs: vec![run],
     };
-    let beyond = PackedRows::new(&problem, vec![entry(&[0], rows(0, 1, 31))]);
+    let beyond = PackedRows::new(shape, vec![entry(&[0], rows(0, 1, 31))], 2);
     assert!(matches!(pack(&beyond), Err(KernelError::Invalid(_))));
     let twice = PackedRows::new(
-        &problem,
+        shape,
         vec![entry(&[0], rows(0, 1, 3)), entry(&[0], rows(5, 1, 3))],
+        2,
     );
     assert!(matches!(pack(&twice), Err(KernelError::Invalid(_))));
-    let mut short = PackedRows::new(&problem, vec![entry(&[0, 1], rows(0, 1, 3))]);
-    short.len -= 2;
+    let mut short = PackedRows::new(shape, vec![entry(&[0, 1], rows(0, 1, 3))], 2);
+    short.part_len -= 1;
     assert!(matches!(pack(&short), Err(KernelError::Size { .. })));
+    let three_parts = PackedRows::new(shape, vec![entry(&[0], rows(0, 1, 3))], 3);
+    assert!(matches!(pack(&three_parts), Err(KernelError::Invalid(_))));
 }
 
 proptest! {

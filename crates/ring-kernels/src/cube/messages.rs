@@ -1,103 +1,135 @@
-//! Rows that travel: copied into a message by their owner, and gradients added when they come home.
+//! Rows that travel: copied into a message by their owner, copied or added to where they belong when they arrive.
 
-use ring_comm::buffer::Buffer;
+use ring_comm::buffer::{Buffer, DType};
 
 use super::buffer::CubeBuffer;
-use super::device::messages;
+use super::device::messages::{self, Arrival};
 use super::launch::Launcher;
-use super::source::{Placed, f32s};
-use super::table::{
-    GRAD_KEY, GRAD_VALUE, KEY, KEY_COUNT, MESSAGE, Record, Table, VALUE, run_record,
-};
+use super::source::Placed;
+use super::table::{KEY, KEY_COUNT, MESSAGE, Record, Table, run_record};
 use super::waves::waves;
-use crate::{KernelError, PackedRows, Problem, RowLayout, Rows, check};
+use crate::{KernelError, PackedRows, Rows, Tensor, TensorShape, check};
 
 /// Copies the rows that travel into a message; see [`Kernels::pack`](crate::Kernels::pack).
 pub(super) fn pack(
     launcher: &Launcher,
-    problem: &Problem,
-    key: Placed<'_>,
-    value: Placed<'_>,
+    shape: TensorShape,
+    tensors: &[Tensor<'_, CubeBuffer>],
     rows: &PackedRows,
     reuse: Option<CubeBuffer>,
 ) -> Result<CubeBuffer, KernelError> {
-    check::problem(problem)?;
-    check::key_tensor("key", key.buffer.len(), key.layout, problem)?;
-    check::key_tensor("value", value.buffer.len(), value.layout, problem)?;
-    let dtype = key.buffer.dtype();
-    check::dtype("value", value.buffer.dtype(), dtype)?;
-    check::packed_rows(problem, rows)?;
+    check::packed_rows(shape, rows, tensors.len())?;
+    let tensors: Vec<Placed<'_>> = tensors.iter().map(|&tensor| tensor.into()).collect();
+    let dtype = tensors
+        .first()
+        .map_or(DType::F32, |tensor| tensor.buffer.dtype());
+    for tensor in &tensors {
+        check::dtype("a tensor to pack", tensor.buffer.dtype(), dtype)?;
+        check::shaped_tensor(
+            "a tensor to pack",
+            tensor.buffer.len(),
+            tensor.layout,
+            shape,
+        )?;
+    }
 
-    let mut table = Table::new(problem)?;
-    table.place(KEY, key.layout, key.offset)?;
-    table.place(VALUE, value.layout, value.offset)?;
-    table.place(MESSAGE, &rows.layout, 0)?;
-    let message = launcher.room(dtype, rows.len, reuse)?;
+    let message = launcher.room(dtype, rows.len(), reuse)?;
     let records: Vec<_> = runs(rows)?.into_iter().map(|run| run.record).collect();
-    for launch in
-        launcher.elements_of_records(&table, &records, problem.batch, elements(problem.head_dim))?
-    {
-        messages::pack::launch(
-            launcher.device.client(),
-            launch.cubes,
-            launcher.cube(),
-            launcher.argument("key", key.buffer)?,
-            launcher.argument("value", value.buffer)?,
-            launch.table.argument(),
-            launcher.argument("the message", &message)?,
-            (rows.len / 2) as u32,
-            problem.head_dim,
-            launcher.device.element(dtype)?,
-        );
+    for (part, tensor) in tensors.iter().enumerate() {
+        let mut table = Table::of_rows();
+        table.place(KEY, tensor.layout, tensor.offset)?;
+        table.place(MESSAGE, &rows.layout, part * rows.part_len)?;
+        let elements = elements(shape.head_dim);
+        for launch in launcher.elements_of_records(&table, &records, shape.batch, elements)? {
+            messages::pack::launch(
+                launcher.device.client(),
+                launch.cubes,
+                launcher.cube(),
+                launcher.argument("a tensor to pack", tensor.buffer)?,
+                launch.table.argument(),
+                launcher.argument("the message", &message)?,
+                shape.head_dim,
+                launcher.device.element(dtype)?,
+            );
+        }
     }
     launcher.launched([&message])?;
     Ok(message)
 }
 
+/// Copies rows to where they belong; see [`Kernels::place_rows`](crate::Kernels::place_rows).
+pub(super) fn place_rows(
+    launcher: &Launcher,
+    shape: TensorShape,
+    message: &CubeBuffer,
+    rows: &PackedRows,
+    targets: &mut [&mut CubeBuffer],
+) -> Result<(), KernelError> {
+    let dtype = message.dtype();
+    arrive(
+        launcher,
+        shape,
+        (message, rows),
+        targets,
+        dtype,
+        Arrival::Copy,
+    )
+}
+
 /// Adds gradients that came home; see [`Kernels::add_rows`](crate::Kernels::add_rows).
 pub(super) fn add_rows(
     launcher: &Launcher,
-    problem: &Problem,
-    slot: &CubeBuffer,
+    shape: TensorShape,
+    message: &CubeBuffer,
     rows: &PackedRows,
-    grad_key: &mut CubeBuffer,
-    grad_value: &mut CubeBuffer,
+    targets: &mut [&mut CubeBuffer],
 ) -> Result<(), KernelError> {
-    let sizes = check::problem(problem)?;
-    check::packed_rows(problem, rows)?;
-    f32s("gradient slot", slot, rows.len)?;
-    let grad_key = f32s("grad_key", grad_key, sizes.key_elements)?;
-    let grad_value = f32s("grad_value", grad_value, sizes.key_elements)?;
+    let message = (message, rows);
+    arrive(launcher, shape, message, targets, DType::F32, Arrival::Add)
+}
 
-    let own = RowLayout::contiguous(problem.kv_heads, problem.keys, problem.head_dim);
-    let mut table = Table::new(problem)?;
-    table.place(GRAD_KEY, &own, 0)?;
-    table.place(GRAD_VALUE, &own, 0)?;
-    table.place(MESSAGE, &rows.layout, 0)?;
+fn arrive(
+    launcher: &Launcher,
+    shape: TensorShape,
+    (message, rows): (&CubeBuffer, &PackedRows),
+    targets: &mut [&mut CubeBuffer],
+    dtype: DType,
+    arrival: Arrival,
+) -> Result<(), KernelError> {
+    check::packed_rows(shape, rows, targets.len())?;
+    check::dtype("a message", message.dtype(), dtype)?;
+    check::size("a message", message.len(), rows.len())?;
+    let all_elements = check::elements(shape)?;
+    for target in targets.iter() {
+        check::dtype("a target of rows", target.dtype(), dtype)?;
+        check::size("a target of rows", target.len(), all_elements)?;
+    }
+
     let runs = runs(rows)?;
     let sets = runs.iter().map(|run| (run.head, run.rows));
-    for wave in waves(problem.kv_heads, sets) {
+    for wave in waves(shape.heads, sets) {
         let records: Vec<_> = wave.into_iter().map(|index| runs[index].record).collect();
-        for launch in launcher.elements_of_records(
-            &table,
-            &records,
-            problem.batch,
-            elements(problem.head_dim),
-        )? {
-            messages::add_rows::launch(
-                launcher.device.client(),
-                launch.cubes,
-                launcher.cube(),
-                launcher.argument("gradient slot", slot)?,
-                launch.table.argument(),
-                launcher.argument("grad_key", grad_key)?,
-                launcher.argument("grad_value", grad_value)?,
-                (rows.len / 2) as u32,
-                problem.head_dim,
-            );
+        for (part, target) in targets.iter().enumerate() {
+            let mut table = Table::of_rows();
+            table.place(KEY, &shape.contiguous(), 0)?;
+            table.place(MESSAGE, &rows.layout, part * rows.part_len)?;
+            let elements = elements(shape.head_dim);
+            for launch in launcher.elements_of_records(&table, &records, shape.batch, elements)? {
+                messages::arrive::launch(
+                    launcher.device.client(),
+                    launch.cubes,
+                    launcher.cube(),
+                    launcher.argument("a message", message)?,
+                    launch.table.argument(),
+                    launcher.argument("a target of rows", target)?,
+                    arrival,
+                    shape.head_dim,
+                    launcher.device.element(dtype)?,
+                );
+            }
         }
     }
-    launcher.launched([grad_key, grad_value])
+    launcher.launched(targets.iter().map(|target| &**target))
 }
 
 /// A run of rows of one head.
@@ -111,7 +143,7 @@ struct Run {
 fn runs(packed: &PackedRows) -> Result<Vec<Run>, KernelError> {
     let mut runs = Vec::new();
     for entry in &packed.rows {
-        for &head in &entry.kv_heads {
+        for &head in &entry.heads {
             let mut first = 0;
             for &rows in &entry.runs {
                 runs.push(Run {

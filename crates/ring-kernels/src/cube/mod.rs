@@ -24,7 +24,7 @@ pub use self::buffer::{CubeBuffer, CubeDevice, CubeView};
 use self::launch::Launcher;
 use crate::{
     BackwardInputs, ForwardState, HeadBlocks, KernelError, Kernels, KeyValue, KeyValueGradient,
-    PackedRows, Problem, Tensor,
+    PackedRows, Problem, Tensor, TensorShape,
 };
 
 /// Attention on a GPU, or whatever else CubeCL drives.
@@ -93,20 +93,22 @@ impl Kernels<CubeBuffer> for CubeKernels {
 
     fn pack(
         &self,
-        problem: &Problem,
-        key: Tensor<'_, CubeBuffer>,
-        value: Tensor<'_, CubeBuffer>,
+        shape: TensorShape,
+        tensors: &[Tensor<'_, CubeBuffer>],
         rows: &PackedRows,
         reuse: Option<CubeBuffer>,
     ) -> Result<CubeBuffer, KernelError> {
-        messages::pack(
-            &self.launcher,
-            problem,
-            key.into(),
-            value.into(),
-            rows,
-            reuse,
-        )
+        messages::pack(&self.launcher, shape, tensors, rows, reuse)
+    }
+
+    fn place_rows(
+        &self,
+        shape: TensorShape,
+        message: &CubeBuffer,
+        rows: &PackedRows,
+        targets: &mut [&mut CubeBuffer],
+    ) -> Result<(), KernelError> {
+        messages::place_rows(&self.launcher, shape, message, rows, targets)
     }
 
     fn start(&self, problem: &Problem) -> Result<ForwardState<CubeBuffer>, KernelError> {
@@ -176,13 +178,12 @@ impl Kernels<CubeBuffer> for CubeKernels {
 
     fn add_rows(
         &self,
-        problem: &Problem,
-        slot: &CubeBuffer,
+        shape: TensorShape,
+        message: &CubeBuffer,
         rows: &PackedRows,
-        grad_key: &mut CubeBuffer,
-        grad_value: &mut CubeBuffer,
+        targets: &mut [&mut CubeBuffer],
     ) -> Result<(), KernelError> {
-        messages::add_rows(&self.launcher, problem, slot, rows, grad_key, grad_value)
+        messages::add_rows(&self.launcher, shape, message, rows, targets)
     }
 
     fn round(&self, buffer: CubeBuffer, dtype: DType) -> Result<CubeBuffer, KernelError> {

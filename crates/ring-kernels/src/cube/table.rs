@@ -1,6 +1,6 @@
 //! What a kernel is told of its work, in words: where tensors lie, and records of row sets.
 //!
-//! A table begins with numbers of the problem, up to [`FIRST_ENTRY`]. For each tensor follow its batch stride, its
+//! A table begins with numbers of the problem, up to [`TENSORS`]. For each tensor follow its batch stride, its
 //! row stride and where the starts of its heads are listed; then those lists and that of ALiBi's slopes; then the records,
 //! [`RECORD`] words each.
 
@@ -22,10 +22,12 @@ pub(super) const SLOPES_AT: usize = 5;
 pub(super) const THRESHOLD: usize = 6;
 /// The key of dropout's generator, two words.
 pub(super) const SEED: usize = 7;
-/// What the first batch entry counts as for dropout.
-pub(super) const FIRST_ENTRY: usize = 9;
+/// Dropout's stream of the first query head of the first batch entry.
+pub(super) const FIRST_STREAM: usize = 9;
+/// Dropout's streams of a batch entry.
+pub(super) const STREAMS: usize = 10;
 /// Where the tensors begin.
-pub(super) const TENSORS: usize = 10;
+pub(super) const TENSORS: usize = 11;
 
 /// Words of a tensor.
 pub(super) const TENSOR: usize = 3;
@@ -39,7 +41,7 @@ pub(super) const GRAD_KEY: usize = 4;
 pub(super) const GRAD_VALUE: usize = 5;
 /// One number for each query row: maximum, denominator, log-sum-exp, delta.
 pub(super) const STATE: usize = 6;
-/// Half a message.
+/// A part of a message.
 pub(super) const MESSAGE: usize = 7;
 const TENSOR_COUNT: usize = 8;
 
@@ -107,9 +109,18 @@ impl Table {
         if let Some(dropout) = scores.dropout {
             words[THRESHOLD] = dropout.threshold;
             words[SEED..SEED + 2].copy_from_slice(&dropout.key());
-            words[FIRST_ENTRY] = dropout.first_entry;
+            let stream = |entry| dropout.stream(entry, problem.query_heads, 0);
+            words[FIRST_STREAM] = stream(0);
+            words[STREAMS] = stream(1).wrapping_sub(stream(0));
         }
         Ok(Self { words })
+    }
+
+    /// A table for rows that travel, which belong to no problem.
+    pub(super) fn of_rows() -> Self {
+        Self {
+            words: vec![0; TENSORS + TENSOR_COUNT * TENSOR],
+        }
     }
 
     /// Says where a tensor lies: as in `layout`, `offset` elements further on.

@@ -50,7 +50,7 @@ pub(crate) fn dropping(table: &[u32], work: &Work, head: usize) -> Dropping {
         threshold: table[THRESHOLD],
         seed: table[SEED],
         seed_high: table[SEED + 1],
-        stream: (table[FIRST_ENTRY] + work.batch as u32) * table[QUERY_HEADS] + head as u32,
+        stream: table[FIRST_STREAM] + work.batch as u32 * table[STREAMS] + head as u32,
         branch: table[work.record + BRANCH],
     }
 }

@@ -1,90 +1,93 @@
-//! Rows that travel. The records of a table are runs of rows, whose elements the cubes of their y position share.
+//! Rows that travel. The records of a table are runs of rows, whose elements the cubes of their y position share; the table
+//! places the tensor they belong to as keys.
 
 use cubecl::prelude::*;
 
 use super::super::table::*;
 use super::index::*;
 
-/// Copies rows into a message, keys into its first half and values into its second, which begins at `half`.
-#[cube(launch)]
-pub(crate) fn pack<F: Float>(
-    key: &[F],
-    value: &[F],
-    table: &[u32],
-    message: &mut [F],
-    half: u32,
-    #[comptime] head_dim: usize,
-    #[define(F)] _element: ElemType,
-) {
+/// What happens to rows that arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Arrival {
+    /// They are written over what was there.
+    Copy,
+    /// They are added to what was there.
+    Add,
+}
+
+/// Where a record's rows lie.
+#[derive(CubeType, Clone, Copy)]
+struct Run {
+    /// The first one in the tensor.
+    tensor_at: usize,
+    /// From one to the next in the tensor.
+    tensor_step: usize,
+    /// The first one in the message.
+    message_at: usize,
+    /// From one to the next in the message.
+    message_step: usize,
+    /// Elements of all rows.
+    elements: usize,
+}
+
+#[cube]
+fn run_of_cube(table: &[u32], #[comptime] head_dim: usize) -> Run {
     let batch = CUBE_POS_Z as usize;
     let record = record(table);
     let head = word(table, record + KV_HEAD);
-    let step = word(table, record + KEY_STEP);
-    let key_at = row_offset(table, KEY, batch, head, word(table, record + KEY_FIRST));
-    let value_at = row_offset(table, VALUE, batch, head, word(table, record + KEY_FIRST));
-    let message_at = row_offset(
-        table,
-        MESSAGE,
-        batch,
-        head,
-        word(table, record + PACKED_FIRST),
-    );
-    let elements = word(table, record + KEY_COUNT) * head_dim;
+    let first = word(table, record + KEY_FIRST);
+    let packed_first = word(table, record + PACKED_FIRST);
+    Run {
+        tensor_at: row_offset(table, KEY, batch, head, first),
+        tensor_step: word(table, record + KEY_STEP) * row_stride(table, KEY),
+        message_at: row_offset(table, MESSAGE, batch, head, packed_first),
+        message_step: row_stride(table, MESSAGE),
+        elements: word(table, record + KEY_COUNT) * head_dim,
+    }
+}
+
+/// Copies rows of a tensor into its part of a message.
+#[cube(launch)]
+pub(crate) fn pack<F: Float>(
+    tensor: &[F],
+    table: &[u32],
+    message: &mut [F],
+    #[comptime] head_dim: usize,
+    #[define(F)] _element: ElemType,
+) {
+    let run = run_of_cube(table, head_dim);
     let mut element = ABSOLUTE_POS_X as usize;
-    while element < elements {
+    while element < run.elements {
         let row = element / head_dim;
         let d = element % head_dim;
-        let to = message_at + row * row_stride(table, MESSAGE) + d;
-        message[to] = key[key_at + row * step * row_stride(table, KEY) + d];
-        message[to + half as usize] = value[value_at + row * step * row_stride(table, VALUE) + d];
+        message[run.message_at + row * run.message_step + d] =
+            tensor[run.tensor_at + row * run.tensor_step + d];
         element += CUBE_COUNT_X as usize * CUBE_DIM_X as usize;
     }
 }
 
-/// Adds the gradients of a message to those of the rows it was made of.
+/// Copies or adds a part of a message to the rows it was made of.
 #[cube(launch)]
-pub(crate) fn add_rows(
-    message: &[f32],
+pub(crate) fn arrive<F: Float>(
+    message: &[F],
     table: &[u32],
-    grad_key: &mut [f32],
-    grad_value: &mut [f32],
-    half: u32,
+    target: &mut [F],
+    #[comptime] arrival: Arrival,
     #[comptime] head_dim: usize,
+    #[define(F)] _element: ElemType,
 ) {
-    let batch = CUBE_POS_Z as usize;
-    let record = record(table);
-    let head = word(table, record + KV_HEAD);
-    let step = word(table, record + KEY_STEP);
-    let key_at = row_offset(
-        table,
-        GRAD_KEY,
-        batch,
-        head,
-        word(table, record + KEY_FIRST),
-    );
-    let value_at = row_offset(
-        table,
-        GRAD_VALUE,
-        batch,
-        head,
-        word(table, record + KEY_FIRST),
-    );
-    let message_at = row_offset(
-        table,
-        MESSAGE,
-        batch,
-        head,
-        word(table, record + PACKED_FIRST),
-    );
-    let elements = word(table, record + KEY_COUNT) * head_dim;
+    let run = run_of_cube(table, head_dim);
     let mut element = ABSOLUTE_POS_X as usize;
-    while element < elements {
+    while element < run.elements {
         let row = element / head_dim;
         let d = element % head_dim;
-        let from = message_at + row * row_stride(table, MESSAGE) + d;
-        grad_key[key_at + row * step * row_stride(table, GRAD_KEY) + d] += message[from];
-        grad_value[value_at + row * step * row_stride(table, GRAD_VALUE) + d] +=
-            message[from + half as usize];
+        let at = run.tensor_at + row * run.tensor_step + d;
+        let new = message[run.message_at + row * run.message_step + d];
+        if comptime!(arrival == Arrival::Add) {
+            target[at] += new;
+        } else {
+            target[at] = new;
+        }
         element += CUBE_COUNT_X as usize * CUBE_DIM_X as usize;
     }
 }

@@ -298,14 +298,46 @@ fn packed_rows_give_the_same_bits_as_own_rows() {
         case.order = Order::RowsFirst;
         let expected = check(&case);
         let packed = PackedRows::new(
-            &problem,
+            problem.key_shape(),
             vec![HeadRows {
-                kv_heads: vec![0, 1],
+                heads: vec![0, 1],
                 runs,
             }],
+            2,
         );
         let computed = through_a_message(&case, &packed, &on_all_heads(&problem, &in_slot));
         assert_eq!(computed, expected, "{dtype}");
+    }
+}
+
+#[test]
+fn rows_that_arrive_lie_where_they_were_taken_from() {
+    for &dtype in DTYPES {
+        let problem = problem(2, (4, 4), 8, (30, 30));
+        let shape = problem.query_shape();
+        let heads = |heads: &[usize], run| HeadRows {
+            heads: heads.to_vec(),
+            runs: vec![run],
+        };
+        let travelling = vec![heads(&[1, 2], rows(3, 2, 10)), heads(&[3], rows(0, 1, 30))];
+        let packed = PackedRows::new(shape, travelling, 1);
+        let mut case = Case::new(problem.clone(), Vec::new());
+        case.dtype = dtype;
+        let (operands, kernels) = (case.operands(), OnDevice::new());
+        let query = operands.query.tensor();
+        let message = kernels.pack(shape, &[query], &packed, None).unwrap();
+        let mut placed = HostBuffer::zeros(dtype, shape.elements());
+        kernels
+            .place_rows(shape, &message, &packed, &mut [&mut placed])
+            .unwrap();
+        // On the CPU, which other tests hold against numbers.
+        let judge = CpuKernels::new(1).unwrap();
+        let mut expected = HostBuffer::zeros(dtype, shape.elements());
+        let message = judge.pack(shape, &[query], &packed, None).unwrap();
+        judge
+            .place_rows(shape, &message, &packed, &mut [&mut expected])
+            .unwrap();
+        assert_eq!(placed, expected, "{dtype}");
     }
 }
 
@@ -314,9 +346,14 @@ fn through_a_message(case: &Case, packed: &PackedRows, blocks: &[HeadBlocks]) ->
     let (problem, operands, kernels) = (&case.problem, case.operands(), OnDevice::new());
     let (query, key) = (operands.query.tensor(), operands.key.tensor());
     let slot = kernels
-        .pack(problem, key, operands.value.tensor(), packed, None)
+        .pack(
+            problem.key_shape(),
+            &[key, operands.value.tensor()],
+            packed,
+            None,
+        )
         .unwrap();
-    assert_eq!((slot.dtype(), slot.len()), (case.dtype, packed.len));
+    assert_eq!((slot.dtype(), slot.len()), (case.dtype, packed.len()));
     let layout = &packed.layout;
     let source = KeyValue::Slot {
         slot: &slot,
@@ -337,7 +374,7 @@ fn through_a_message(case: &Case, packed: &PackedRows, blocks: &[HeadBlocks]) ->
         delta: &delta,
     };
     let mut grad_query = HostBuffer::zeros(DType::F32, operands.query.exact.len());
-    let mut grad_slot = HostBuffer::zeros(DType::F32, packed.len);
+    let mut grad_slot = HostBuffer::zeros(DType::F32, packed.len());
     let gradient = KeyValueGradient::Slot {
         slot: &mut grad_slot,
         layout,
@@ -356,7 +393,12 @@ fn through_a_message(case: &Case, packed: &PackedRows, blocks: &[HeadBlocks]) ->
     let mut grad_key = HostBuffer::zeros(DType::F32, operands.key.exact.len());
     let mut grad_value = grad_key.clone();
     kernels
-        .add_rows(problem, &grad_slot, packed, &mut grad_key, &mut grad_value)
+        .add_rows(
+            problem.key_shape(),
+            &grad_slot,
+            packed,
+            &mut [&mut grad_key, &mut grad_value],
+        )
         .unwrap();
     Computed {
         output,

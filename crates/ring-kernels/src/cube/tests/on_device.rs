@@ -127,14 +127,27 @@ impl OnDevice {
         let (dtype, len) = (buffer.dtype(), buffer.len());
         let handle = buffer.handle().clone();
         let bordered = CubeBuffer::from_handle(self.kernels.device(), handle, dtype, len + BORDER)?;
-        let HostBuffer::F32(values) = bordered.to_host()? else {
-            panic!("only f32 buffers are added to");
+        let untouched = match bordered.to_host()? {
+            HostBuffer::F32(values) => values[len..].iter().all(|x| x.is_nan()),
+            HostBuffer::F16(values) => values[len..].iter().all(|x| x.is_nan()),
+            HostBuffer::BF16(values) => values[len..].iter().all(|x| x.is_nan()),
         };
-        assert!(
-            values[len..].iter().all(|x| x.is_nan()),
-            "written beyond the end"
-        );
+        assert!(untouched, "written beyond the end");
         buffer.to_host()
+    }
+
+    /// Runs what writes to copies of `targets` on the device, and brings them back.
+    fn arrive(
+        &self,
+        targets: &mut [&mut HostBuffer],
+        write: impl FnOnce(&mut [&mut CubeBuffer]) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        let mut copies: Vec<_> = targets.iter().map(|of| self.up(of.view())).collect();
+        write(&mut copies.iter_mut().collect::<Vec<_>>())?;
+        for (target, copy) in targets.iter_mut().zip(&copies) {
+            **target = self.down(copy)?;
+        }
+        Ok(())
     }
 
     /// A state on the device.
@@ -197,17 +210,31 @@ impl Kernels<HostBuffer> for OnDevice {
 
     fn pack(
         &self,
-        problem: &Problem,
-        key: Tensor<'_, HostBuffer>,
-        value: Tensor<'_, HostBuffer>,
+        shape: TensorShape,
+        tensors: &[Tensor<'_, HostBuffer>],
         rows: &PackedRows,
         _reuse: Option<HostBuffer>,
     ) -> Result<HostBuffer, KernelError> {
-        let (keys, values) = (self.up(key.data), self.up(value.data));
-        let (keys, values) = (tensor(&keys, key.layout), tensor(&values, value.layout));
-        self.kernels
-            .pack(problem, keys, values, rows, None)?
-            .to_host()
+        let buffers: Vec<CubeBuffer> = tensors.iter().map(|of| self.up(of.data)).collect();
+        let tensors: Vec<_> = buffers
+            .iter()
+            .zip(tensors)
+            .map(|(buffer, of)| tensor(buffer, of.layout))
+            .collect();
+        self.kernels.pack(shape, &tensors, rows, None)?.to_host()
+    }
+
+    fn place_rows(
+        &self,
+        shape: TensorShape,
+        message: &HostBuffer,
+        rows: &PackedRows,
+        targets: &mut [&mut HostBuffer],
+    ) -> Result<(), KernelError> {
+        self.arrive(targets, |targets| {
+            let message = self.up(message.view());
+            self.kernels.place_rows(shape, &message, rows, targets)
+        })
     }
 
     fn start(&self, problem: &Problem) -> Result<ForwardState<HostBuffer>, KernelError> {
@@ -333,18 +360,15 @@ impl Kernels<HostBuffer> for OnDevice {
 
     fn add_rows(
         &self,
-        problem: &Problem,
-        slot: &HostBuffer,
+        shape: TensorShape,
+        message: &HostBuffer,
         rows: &PackedRows,
-        grad_key: &mut HostBuffer,
-        grad_value: &mut HostBuffer,
+        targets: &mut [&mut HostBuffer],
     ) -> Result<(), KernelError> {
-        let slot = self.up(slot.view());
-        let (mut key, mut value) = (self.up(grad_key.view()), self.up(grad_value.view()));
-        self.kernels
-            .add_rows(problem, &slot, rows, &mut key, &mut value)?;
-        (*grad_key, *grad_value) = (self.down(&key)?, self.down(&value)?);
-        Ok(())
+        self.arrive(targets, |targets| {
+            let message = self.up(message.view());
+            self.kernels.add_rows(shape, &message, rows, targets)
+        })
     }
 
     fn round(&self, buffer: HostBuffer, dtype: DType) -> Result<HostBuffer, KernelError> {
