@@ -366,23 +366,22 @@ fn data_that_cannot_be_read_changes_nothing() {
 #[test]
 fn names_of_this_library_need_a_layout() {
     let folder = tempfile::tempdir().unwrap();
-    let saved = config().with_sub_layer_norm(true);
-    let saved = attention(&saved).materialize();
+    let device = Device::flex();
+    let saved = model().try_init(&device).unwrap().materialize();
     for layout in [Layout::Burn, Layout::PyTorch] {
         let path = folder.path().join(format!("{layout:?}.safetensors"));
         let store = SafetensorsStore::from_file(&path);
-        match layout {
-            Layout::Burn => saved.save_into(&mut { store }).unwrap(),
-            Layout::PyTorch => saved
-                .save_into(&mut store.with_to_adapter(BurnToPyTorchAdapter))
-                .unwrap(),
-        }
-        let mut loaded = attention(&config().with_sub_layer_norm(true));
+        let mut store = match layout {
+            Layout::Burn => store,
+            Layout::PyTorch => store.with_to_adapter(BurnToPyTorchAdapter),
+        };
+        saved.save_into(&mut store).unwrap();
+        let mut loaded = model().try_init(&device).unwrap();
         let chosen = Weights::from_file(&path).unwrap();
-        let error = refused(&mut loaded, |it| chosen.load_attention(it));
+        let error = refused(&mut loaded, |it| chosen.load_model(it));
         assert!(matches!(error, WeightsError::UnknownLayout { .. }));
         let chosen = chosen.with_layout(layout);
-        assert!(chosen.load_attention(&mut loaded).unwrap().is_empty());
+        assert!(chosen.load_model(&mut loaded).unwrap().is_empty());
         assert_eq!(parameters(&loaded), parameters(&saved));
     }
 }
