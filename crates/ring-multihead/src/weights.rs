@@ -44,9 +44,9 @@
 //! | `torch.nn.MultiheadAttention` | an attention without segments | yes |
 //! | `torch.nn.TransformerEncoderLayer` with `norm_first=True`, `activation="gelu"` | a block without segments | yes |
 //! | LongNet layers of torchscale (`subln`, `activation_fn="gelu"`) | blocks with `sub_layer_norm` and `HeadOffsets::Blocked` | yes, without `xpos_rel_pos` |
-//! | a LongNet decoder of torchscale | a [`LongNet`] | no: positions are rotary here, offsets of heads cyclic, embeddings are not multiplied by a factor |
+//! | a LongNet decoder of torchscale (`no_scale_embedding`) | a [`LongNet`] | no: positions are rotary here, offsets of heads cyclic |
 //! | attention of DarcStar's dilated-attention-pytorch, kind "standard", `layer_norm=False` | `Mixing::HeadGroups` | yes |
-//! | the same with `q_ln`, `k_ln`, `q_norm`, `gamma_q` and the like | | an error: norms of queries and keys do not exist here |
+//! | the same with `q_ln`, `k_ln`, `q_norm`, `gamma_q` and the like, and its encoder layers | | an error: norms of queries and keys do not exist here |
 //! | its kind "improved" and what rests on it (`qkv_proj`) | | no: it attends over heads, not over positions |
 //! | attention and encoder layers of fkodom's dilated-attention-pytorch | `sub_layer_norm`, `Mixing::HeadGroups` | no: there every channel is divided by its sum over all positions |
 //! | decoder layers with cross-attention | | an error |

@@ -59,9 +59,10 @@ pub enum WeightsError {
     },
     /// Parameters for which the file has nothing.
     #[error(
-        "the file has nothing for {}; without a place in the module: {}",
+        "the file has nothing for {}; without a place in the module: {}{}",
         List(parameters),
-        List(unused)
+        List(unused),
+        Advice(unused)
     )]
     Missing {
         /// The parameters.
@@ -71,16 +72,15 @@ pub enum WeightsError {
     },
     /// Tensors without a place in the module, where that was not allowed.
     #[error(
-        "the file has more than the module: {}; {advice}. `allow_unused(true)` leaves them out, `with_prefix` chooses a part of the file",
-        List(names)
+        "the file has more than the module: {}{}. `allow_unused(true)` leaves that out, `with_prefix` chooses a part of the file",
+        List(names),
+        Advice(names)
     )]
     Unused {
         /// Their names in the file.
         names: Vec<String>,
-        /// What they may be.
-        advice: String,
     },
-    /// A tensor of another shape than its parameter; both shapes as the file has them.
+    /// A tensor of another shape than its parameter; both shapes as PyTorch has them.
     #[error("\"{name}\" has shape {got:?}, {parameter} needs {expected:?}")]
     Shape {
         /// The tensor's name in the file.
@@ -89,7 +89,7 @@ pub enum WeightsError {
         got: Vec<usize>,
         /// The parameter.
         parameter: String,
-        /// The shape that would fit, in the layout of the file.
+        /// The shape that would fit.
         expected: Vec<usize>,
     },
     /// A tensor that does not hold floating-point numbers.
@@ -161,18 +161,22 @@ const ADVICE: [(&[&str], &str); 6] = [
     ),
 ];
 
-/// What to say about tensors that have no place.
-pub(super) fn advice(names: &[String]) -> String {
-    let mut said: Vec<&str> = Vec::new();
-    for name in names {
-        let known = |parts: &[&str]| name.split('.').any(|part| parts.contains(&part));
-        let advice = ADVICE
-            .iter()
-            .find(|(parts, _)| known(parts))
-            .map_or("these names are not known here", |(_, advice)| advice);
-        if !said.contains(&advice) {
-            said.push(advice);
+/// What to say about tensors that have no place, after a semicolon each.
+struct Advice<'a>(&'a [String]);
+
+impl fmt::Display for Advice<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let has = |name: &String, parts: &[&str]| name.split('.').any(|part| parts.contains(&part));
+        let mut said = [false; ADVICE.len()];
+        for name in self.0 {
+            let Some(index) = ADVICE.iter().position(|(parts, _)| has(name, parts)) else {
+                continue;
+            };
+            if !said[index] {
+                write!(f, "; {}", ADVICE[index].1)?;
+                said[index] = true;
+            }
         }
+        Ok(())
     }
-    said.join("; ")
 }

@@ -7,10 +7,7 @@ use burn_store::{
     BurnToPyTorchAdapter, ModuleAdapter, ModuleContext, ModuleSnapshot, bridge, burn_pack,
 };
 
-use super::{
-    Layout,
-    error::{WeightsError, advice},
-};
+use super::{Layout, WeightsError};
 
 /// Parameters of a module by name, in PyTorch's layout, without their data.
 pub(super) type Needed = BTreeMap<String, burn_pack::Tensor>;
@@ -97,7 +94,6 @@ impl Placed {
         if !self.unused.is_empty() && !allow_unused {
             return Err(WeightsError::Unused {
                 names: self.unused.clone(),
-                advice: advice(&self.unused),
             });
         }
         Ok(())

@@ -208,7 +208,7 @@ fn what_is_too_much_or_missing_is_named() {
     let plain = &mut attention(&config());
     let error = refused(plain, |it| weights("projections.pt").load_attention(it));
     assert!(
-        matches!(&error, WeightsError::Unused { names, .. } if names == &["norm.bias", "norm.weight"]),
+        matches!(&error, WeightsError::Unused { names } if names == &["norm.bias", "norm.weight"]),
         "{error}"
     );
     assert!(error.to_string().contains("sub_layer_norm"), "{error}");
@@ -231,7 +231,7 @@ fn what_is_too_much_or_missing_is_named() {
     let stack = &mut blocks(&with_norms);
     let error = refused(stack, |it| weights("encoder.pt").load_blocks(it));
     assert!(
-        matches!(&error, WeightsError::Unused { names, .. } if names == &["decoder.layers.0.norm1.weight"]),
+        matches!(&error, WeightsError::Unused { names } if names == &["decoder.layers.0.norm1.weight"]),
         "{error}"
     );
     assert!(error.to_string().contains("cross-attention"), "{error}");
@@ -274,10 +274,10 @@ fn tensors_that_would_be_dropped_or_misunderstood() {
         let weights = written(folder.path(), &[(name, &[32], Dtype::F32)]);
         let error = refused(module, |it| weights.load_attention(it));
         assert!(
-            matches!(&error, WeightsError::Unused { names, advice }
-                if names == &[name] && advice.starts_with("norms of queries and keys")),
+            matches!(&error, WeightsError::Unused { names } if names == &[name]),
             "{error}"
         );
+        assert!(error.to_string().contains("norms of queries"), "{error}");
         let left = weights.allow_unused(true).load_attention(module).unwrap();
         assert_eq!(left, [name]);
     }
