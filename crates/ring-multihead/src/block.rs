@@ -3,7 +3,7 @@
 use burn::{
     config::Config,
     module::Module,
-    nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig},
+    nn::{LayerNorm, Linear, LinearConfig},
     tensor::{Device, Tensor, activation::gelu},
 };
 use ring_burn::{Ring, RingError};
@@ -17,7 +17,7 @@ use crate::{
 /// Configuration of [`LongNetBlock`].
 #[derive(Config, Debug)]
 pub struct LongNetBlockConfig {
-    /// The attention; its sub-layer norm and dropout go for the feed-forward part too.
+    /// The attention; its sub-layer norm, `layer_norm_eps` and dropout go for the feed-forward part too.
     pub attention: MultiheadDilatedAttentionConfig,
     /// Hidden size of the feed-forward part.
     pub feed_forward_dim: usize,
@@ -34,7 +34,7 @@ impl LongNetBlockConfig {
             let message = "the hidden size of the feed-forward part must be at least 1";
             return Err(RingError::Value(message.into()));
         }
-        let norm = |size: usize| LayerNormConfig::new(size).init(device);
+        let norm = |size: usize| self.attention.layer_norm(size, device);
         Ok(LongNetBlock {
             attention_norm: norm(dim),
             attention: self.attention.try_init(device)?,

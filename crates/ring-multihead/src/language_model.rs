@@ -116,7 +116,8 @@ impl LongNetConfig {
 #[derive(Module, Debug)]
 pub struct LongNet {
     embedding: Embedding,
-    blocks: Vec<LongNetBlock>,
+    /// The blocks, first to last.
+    pub blocks: Vec<LongNetBlock>,
     norm: LayerNorm,
     head: Linear,
 }

@@ -24,6 +24,8 @@ mod multihead;
 mod rotary;
 #[cfg(feature = "train")]
 mod training;
+#[cfg(feature = "weights")]
+pub mod weights;
 
 pub use block::{LongNetBlock, LongNetBlockConfig};
 pub use dropout::PositionDropout;
@@ -33,6 +35,8 @@ pub use multihead::{MultiheadDilatedAttention, MultiheadDilatedAttentionConfig};
 pub use rotary::Rotary;
 #[cfg(feature = "train")]
 pub use training::{SequenceLoss, TokenWindows};
+#[cfg(feature = "weights")]
+pub use weights::{Weights, WeightsError};
 
 /// The examples of the project's README, compiled and run.
 #[cfg(doctest)]

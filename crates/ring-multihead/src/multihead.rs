@@ -32,6 +32,8 @@ pub struct MultiheadDilatedAttentionConfig {
     /// Whether the projections have a bias.
     #[config(default = true)]
     pub bias: bool,
+    /// Factor on the scores; `1/sqrt(head size)` if absent.
+    pub scale: Option<f64>,
     /// Sliding window `(left, right)`: a query at position `n` sees keys from `n - left` to `n + right`; -1 is no bound.
     pub window: Option<(i64, i64)>,
     /// Bound `c` on the scores: `S` becomes `c tanh(S / c)`.
@@ -52,6 +54,9 @@ pub struct MultiheadDilatedAttentionConfig {
     /// Layer norm between attention and output projection (MAGNETO, arXiv 2210.06423).
     #[config(default = false)]
     pub sub_layer_norm: bool,
+    /// What layer norms add to the variance.
+    #[config(default = 1e-5)]
+    pub layer_norm_eps: f64,
     /// Base of rotary positions; no positions if absent.
     pub rotary_base: Option<f64>,
     /// How heads are shifted against each other.
@@ -75,7 +80,8 @@ impl MultiheadDilatedAttentionConfig {
     /// The module, for any number of ranks.
     ///
     /// # Errors
-    /// [`RingError::Value`] for heads that do not divide, an odd head size with rotary positions, a dropout outside `[0, 1)`;
+    /// [`RingError::Value`] for heads that do not divide, an odd head size with rotary positions, a dropout outside `[0, 1)`, a
+    /// `layer_norm_eps` that is not positive;
     /// [`RingError::Pattern`] for bad lists; [`RingError::Window`] and [`RingError::Spec`] as
     /// [`RingAttentionConfig::try_init`](ring_burn::RingAttentionConfig::try_init).
     pub fn try_init(&self, device: &Device) -> Result<MultiheadDilatedAttention, RingError> {
@@ -102,7 +108,7 @@ impl MultiheadDilatedAttentionConfig {
             output: linear(self.embed_dim),
             norm: self
                 .sub_layer_norm
-                .then(|| LayerNormConfig::new(self.embed_dim).init(device)),
+                .then(|| self.layer_norm(self.embed_dim, device)),
             dropout: PositionDropout::new(self.dropout, self.dropout_stream),
             attention: self.attention()?,
             num_heads: self.num_heads,
@@ -111,6 +117,13 @@ impl MultiheadDilatedAttentionConfig {
             rotary_base: self.rotary_base,
             kind,
         })
+    }
+
+    /// A layer norm over so many elements.
+    pub(crate) fn layer_norm(&self, size: usize, device: &Device) -> LayerNorm {
+        LayerNormConfig::new(size)
+            .with_epsilon(self.layer_norm_eps)
+            .init(device)
     }
 
     /// Checks the sizes; yields the number of key/value heads.
@@ -130,6 +143,10 @@ impl MultiheadDilatedAttentionConfig {
         }
         if !(0.0..1.0).contains(&self.dropout) {
             return refuse(format!("dropout is {}, must be in [0, 1)", self.dropout));
+        }
+        let eps = self.layer_norm_eps;
+        if !(eps.is_finite() && eps > 0.0) {
+            return refuse(format!("layer_norm_eps is {eps}, must be positive"));
         }
         if let Some(base) = self.rotary_base {
             if !(base.is_finite() && base > 0.0) {
@@ -151,6 +168,7 @@ impl MultiheadDilatedAttentionConfig {
             return Ok(Attention::Full(
                 RingAttentionConfig::new()
                     .with_causal(self.causal)
+                    .with_scale(self.scale)
                     .with_window(self.window)
                     .with_softcap(self.softcap)
                     .with_alibi_slopes(slopes)
@@ -164,6 +182,7 @@ impl MultiheadDilatedAttentionConfig {
         Ok(Attention::Dilated(
             config
                 .with_causal(self.causal)
+                .with_scale(self.scale)
                 .with_offsets(self.offsets)
                 .with_mixing(self.mixing)
                 .with_window(self.window)
