@@ -44,10 +44,7 @@ fn rows(whole: &[f64], rows: &[usize]) -> Vec<f64> {
         let row = |&row: &usize| head[row * DIM..][..DIM].to_vec();
         rows.iter().flat_map(row).collect()
     };
-    whole
-        .chunks(rows.len() * DIM)
-        .flat_map(|head| of_head(head))
-        .collect()
+    whole.chunks(rows.len() * DIM).flat_map(of_head).collect()
 }
 
 /// Every rank brings the grid into the order of the curve and attends with its shard; results are put back.
