@@ -10,11 +10,13 @@
 //! - [`machine`]: the machine that measures;
 //! - [`heap`]: a counting allocator, and what one thread held at most;
 //! - [`metered`]: a transport that charges every message to the rank that holds it;
+//! - [`hilbert`]: grids by the order of their cells: distances, neighbours;
 //! - [`masks`]: windows, documents and scores: time, bytes, balance;
 //! - [`memory`]: bytes per rank, measured and estimated.
 
 pub mod compare;
 pub mod heap;
+pub mod hilbert;
 pub mod machine;
 pub mod masks;
 pub mod memory;

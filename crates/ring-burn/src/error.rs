@@ -1,6 +1,6 @@
 //! What can go wrong between a Burn model and the group of ranks.
 
-use ring_core::{PatternError, SpecError};
+use ring_core::{GridError, PatternError, SpecError};
 use thiserror::Error;
 
 /// An attention, or an exchange around it, that could not be done.
@@ -61,6 +61,9 @@ pub enum RingError {
     /// The configuration is at fault.
     #[error(transparent)]
     Pattern(#[from] PatternError),
+    /// A grid without an order.
+    #[error(transparent)]
+    Grid(#[from] GridError),
     /// The computation is not possible.
     #[error(transparent)]
     Spec(#[from] SpecError),

@@ -46,6 +46,7 @@ mod attention;
 mod computation;
 mod error;
 mod gradient;
+mod hilbert;
 mod op;
 mod ring;
 mod scores;
@@ -58,6 +59,7 @@ pub use attention::{
 };
 pub use error::RingError;
 pub use gradient::{parameter_checksum, sum_gradients};
+pub use hilbert::{from_hilbert_order, shard_cells, to_hilbert_order};
 pub use ring::Ring;
 pub use ring_comm::{
     CommError, Communicator, ConnectError, Loopback, Transport, TransportKind, buffer::HostBuffer,
@@ -66,7 +68,8 @@ pub use ring_comm::{
 #[cfg(feature = "mpi")]
 pub use ring_comm::{Mpi, MpiError};
 pub use ring_core::{
-    Documents, HeadOffsets, Mask, Mixing, Pattern, PatternError, Sharding, Span, SpecError,
+    Documents, GridError, HeadOffsets, HilbertOrder, Mask, Mixing, Pattern, PatternError, Sharding,
+    Span, SpecError,
 };
 /// The generator behind all dropout.
 pub use ring_kernels::philox;

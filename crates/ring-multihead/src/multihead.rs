@@ -249,8 +249,15 @@ impl MultiheadDilatedAttention {
     /// one.
     pub fn rotary(&self, ring: &Ring, device: &Device) -> Option<Rotary> {
         let positions: Vec<i64> = ring.positions().iter().map(|&at| at as i64).collect();
+        self.rotary_at(&positions, device)
+    }
+
+    /// The rotary table of positions of one's own, one for each of this rank's rows: of tokens that stand elsewhere in the
+    /// sequence than they count, as in the order of a curve ([`shard_cells`](ring_burn::shard_cells)). Rotated keys travel, so
+    /// their positions travel with them.
+    pub fn rotary_at(&self, positions: &[i64], device: &Device) -> Option<Rotary> {
         self.rotary_base
-            .map(|base| Rotary::new(&positions, self.head_dim, base, device))
+            .map(|base| Rotary::new(positions, self.head_dim, base, device))
     }
 
     /// Self-attention.
@@ -274,10 +281,10 @@ impl MultiheadDilatedAttention {
         self.try_forward_rotated(input, rotary.as_ref(), ring)
     }
 
-    /// [`try_forward`](Self::try_forward) with a rotary table made before ([`rotary`](Self::rotary)).
+    /// [`try_forward`](Self::try_forward) with a rotary table made before ([`rotary`](Self::rotary), [`rotary_at`](Self::rotary_at)).
     ///
     /// # Errors
-    /// As [`try_forward`](Self::try_forward).
+    /// As [`try_forward`](Self::try_forward), and [`RingError::Shape`] for a table of another number of positions.
     pub fn try_forward_rotated(
         &self,
         input: Tensor<3>,
@@ -286,6 +293,7 @@ impl MultiheadDilatedAttention {
     ) -> Result<Tensor<3>, RingError> {
         self.check(&input, ring)?;
         let [batch, rows, embed_dim] = input.dims();
+        check_positions(rotary, rows)?;
         let heads = |projected: Tensor<3>, heads: usize| {
             projected.reshape([batch, rows, heads, self.head_dim])
         };
@@ -337,5 +345,16 @@ impl MultiheadDilatedAttention {
             ));
         }
         self.kind.check(ring)
+    }
+}
+
+fn check_positions(rotary: Option<&Rotary>, rows: usize) -> Result<(), RingError> {
+    match rotary.map(Rotary::positions) {
+        Some(positions) if positions != rows => Err(RingError::Shape {
+            what: "the rotary table",
+            got: vec![positions],
+            expected: format!("{rows} positions, one for each row"),
+        }),
+        _ => Ok(()),
     }
 }

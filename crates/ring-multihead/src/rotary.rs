@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 
-/// Cosines and sines of a rank's own positions, to be shared by all layers of a model.
+/// Cosines and sines of the positions of a rank's rows, to be shared by all layers of a model.
 #[derive(Clone, Debug)]
 pub struct Rotary {
     cos: Tensor<4>,
@@ -34,6 +34,11 @@ impl Rotary {
             cos: table(f64::cos),
             sin: table(f64::sin),
         }
+    }
+
+    /// Number of positions.
+    pub fn positions(&self) -> usize {
+        self.cos.dims()[1]
     }
 
     /// Rotates `[batch, own positions, heads, head_dim]`; element `i` is paired with element `i + head_dim/2`.
