@@ -37,7 +37,6 @@ impl CommunicationEstimate {
     /// The estimate of a plan; exact, byte by byte.
     pub fn new(plan: &Plan) -> Self {
         let spec = plan.spec();
-        let problem = plan.ring_problem();
         let mut all = Self {
             forward_received: 0,
             forward_sent: 0,
@@ -49,26 +48,37 @@ impl CommunicationEstimate {
             },
             hops: plan.exchanges().count() + 2 * usize::from(plan.regroup().is_some()),
         };
-        let own_size = spec.dtype.size();
         for exchange in plan.exchanges() {
-            all.forward_received += key_bytes(&exchange.receive, &problem, own_size);
-            all.forward_sent += key_bytes(&exchange.send, &problem, own_size);
+            let (received, sent) = Self::of_hop(plan, exchange, false);
+            all.forward_received += received;
+            all.forward_sent += sent;
         }
         let backward = plan.backward_steps().iter();
         for exchange in backward.filter_map(|step| step.exchange.as_ref()) {
-            let rows = |message| key_bytes(message, &problem, own_size);
-            let gradients = |message| key_bytes(message, &problem, size_of::<f32>());
-            all.backward_received += rows(&exchange.receive) + gradients(&exchange.send);
-            all.backward_sent += rows(&exchange.send) + gradients(&exchange.receive);
-            let guests = QueryBytes::of(&exchange.receive_queries, &problem, own_size);
-            let visitors = QueryBytes::of(&exchange.send_queries, &problem, own_size);
-            all.backward_received += guests.there + visitors.back;
-            all.backward_sent += visitors.there + guests.back;
+            let (received, sent) = Self::of_hop(plan, exchange, true);
+            all.backward_received += received;
+            all.backward_sent += sent;
         }
         if let Some(regroup) = plan.regroup() {
             all.add_regroup(plan, regroup);
         }
         all
+    }
+
+    /// Bytes that a rank receives and sends because of a hop: rows, and in a backward pass the gradients that go home.
+    pub(crate) fn of_hop(plan: &Plan, exchange: &Exchange, backward: bool) -> (u64, u64) {
+        let problem = plan.ring_problem();
+        let own_size = plan.spec().dtype.size();
+        let rows = |message| key_bytes(message, &problem, own_size);
+        let (mut received, mut sent) = (rows(&exchange.receive), rows(&exchange.send));
+        if backward {
+            let gradients = |message| key_bytes(message, &problem, size_of::<f32>());
+            let guests = QueryBytes::of(&exchange.receive_queries, &problem, own_size);
+            let visitors = QueryBytes::of(&exchange.send_queries, &problem, own_size);
+            received += gradients(&exchange.send) + guests.there + visitors.back;
+            sent += gradients(&exchange.receive) + visitors.there + guests.back;
+        }
+        (received, sent)
     }
 
     /// Adds what ranks that divide heads exchange.

@@ -11,6 +11,7 @@
 //! - *hop*: one exchange with one peer on each side. *Slot*: the buffer that holds the rows a hop brought.
 //! - *step*: what a rank computes between two exchanges. *Block*: query rows x key rows of a step.
 
+mod cost;
 mod documents;
 mod driver;
 mod error;
@@ -30,6 +31,7 @@ mod spec;
 mod strategy;
 mod walk;
 
+pub use cost::{Auto, Choice, Cost, MachineModel};
 pub use documents::Documents;
 pub use driver::{DropoutSeed, Gradients, Inputs, Output, Saved, backward, forward};
 pub use error::Error;

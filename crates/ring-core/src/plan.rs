@@ -263,20 +263,20 @@ impl Plan {
     /// Admitted (query, key) pairs over all query heads and batch entries: the work of this rank. Each takes `2 head_dim`
     /// multiplications and additions in a forward pass, `5 head_dim` in a backward pass.
     pub fn pairs(&self) -> u128 {
+        self.steps.iter().map(|step| self.pairs_of(step)).sum()
+    }
+
+    /// The pairs of one step.
+    pub fn pairs_of(&self, step: &Step) -> u128 {
         let group = self.spec.shape.query_heads / self.spec.shape.kv_heads;
         let mask = self.spec.pattern.mask();
-        self.steps
-            .iter()
-            .flat_map(|step| &step.work)
-            .map(|work| {
-                let pairs: u128 = work
-                    .blocks
-                    .iter()
-                    .map(|planned| planned.repeat as u128 * block_pairs(&planned.block, mask))
-                    .sum();
-                pairs * (work.entries.len() * work.kv_heads.len() * group) as u128
-            })
-            .sum()
+        let pairs = |work: &HeadWork| {
+            let of_block =
+                |planned: &PlannedBlock| planned.repeat as u128 * block_pairs(&planned.block, mask);
+            let pairs: u128 = work.blocks.iter().map(of_block).sum();
+            pairs * (work.entries.len() * work.kv_heads.len() * group) as u128
+        };
+        step.work.iter().chain(&step.guests).map(pairs).sum()
     }
 }
 

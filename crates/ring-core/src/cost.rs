@@ -1,0 +1,358 @@
+//! Which strategy pays: the time that plans would take on a machine ([`MachineModel`]), and the choice of the least ([`Auto`]).
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    estimate::CommunicationEstimate,
+    plan::{Exchange, Plan, Step},
+    spec::{AttentionSpec, SpecError},
+    strategy::Strategy,
+};
+
+/// How fast a machine is, as far as the choice of a strategy depends on it. All ranks must have the same, or they choose
+/// differently (and are told so, by the comparison of plans).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MachineModel {
+    /// Seconds that one rank's kernels take in a forward pass for a pair of query and key, for each element of the head.
+    pub forward_pair_seconds: f64,
+    /// The same in a backward pass.
+    pub backward_pair_seconds: f64,
+    /// Bytes that a rank receives in a second while others send and receive too.
+    pub bytes_per_second: f64,
+    /// Seconds from the sending of a small message to its arrival.
+    pub latency_seconds: f64,
+    /// Bytes that a rank copies in a second within its memory: rows into messages and out of them.
+    pub copy_bytes_per_second: f64,
+    /// Ranks that can compute at the same time: all of them, unless they share cores.
+    pub parallel_ranks: f64,
+}
+
+impl Default for MachineModel {
+    /// Ranks of one thread, each with a processor core of its own, within one machine: figures of a common server, rounded.
+    /// For a choice that holds on yours, measure ([`measure`](Self::measure)) or fill in what you know.
+    fn default() -> Self {
+        Self {
+            forward_pair_seconds: 4e-11,
+            backward_pair_seconds: 1e-10,
+            bytes_per_second: 4e9,
+            latency_seconds: 2e-5,
+            copy_bytes_per_second: 4e9,
+            parallel_ranks: f64::INFINITY,
+        }
+    }
+}
+
+/// Chooses a strategy by its cost.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Auto {
+    /// The machine.
+    pub machine: MachineModel,
+    /// Sequences of fewer keys stay on one rank, whatever they would cost; 0 for none.
+    pub one_rank_below: usize,
+    /// Whether a backward pass follows.
+    pub training: bool,
+}
+
+impl Default for Auto {
+    /// Training on the default machine; sequences below 256 keys stay on one rank.
+    fn default() -> Self {
+        Self {
+            machine: MachineModel::default(),
+            one_rank_below: 256,
+            training: true,
+        }
+    }
+}
+
+/// What one strategy would cost.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Cost {
+    /// Seconds of the slowest rank, or of the cores if ranks share them.
+    pub seconds: f64,
+    /// Seconds that the rank with most work computes.
+    pub compute_seconds: f64,
+    /// Seconds that the slowest rank waits for messages or copies rows.
+    pub exchange_seconds: f64,
+    /// Bytes that the rank receives that receives most.
+    pub bytes_received: u64,
+    /// Rounds of messages of the rank that has most.
+    pub hops: usize,
+    /// Work of the rank with most, over the mean.
+    pub imbalance: f64,
+}
+
+/// What was chosen, and why. As text it is [`explain`](Self::explain).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Choice {
+    /// The strategy.
+    pub strategy: Strategy,
+    /// What was compared, in the order of [`Strategy::candidates`].
+    pub candidates: Vec<(Strategy, Cost)>,
+    reason: String,
+}
+
+/// Ranks whose plans are looked at: all, or if there are more as many, evenly spaced.
+const LOOKED_AT: usize = 16;
+/// A strategy must be this much faster than an earlier one to be preferred: what is closer is noise, and the earlier ones need less
+/// memory.
+const CLEARLY_FASTER: f64 = 0.98;
+
+impl Auto {
+    /// The strategy for a computation. Every rank that asks the same gets the same.
+    ///
+    /// # Errors
+    /// [`SpecError`] if the computation is not possible.
+    pub fn choose(&self, spec: &AttentionSpec) -> Result<Choice, SpecError> {
+        let spec = spec.clone().with_strategy(Strategy::Ring)?;
+        let ranks = spec.world_size;
+        let settled = |strategy, reason: String| Choice {
+            strategy,
+            candidates: Vec::new(),
+            reason,
+        };
+        if ranks == 1 {
+            return Ok(settled(Strategy::Ring, "there is one rank".into()));
+        }
+        if spec.key_length < self.one_rank_below {
+            let reason = format!(
+                "{} keys are fewer than {}, from where on a sequence is divided",
+                spec.key_length, self.one_rank_below
+            );
+            return Ok(settled(Strategy::OneRank, reason));
+        }
+        let mut candidates = Vec::new();
+        for strategy in Strategy::candidates(&spec) {
+            let spec = spec.clone().with_strategy(strategy)?;
+            candidates.push((strategy, self.cost(&spec)?));
+        }
+        let mut best = &candidates[0];
+        for candidate in &candidates[1..] {
+            if candidate.1.seconds < best.1.seconds * CLEARLY_FASTER {
+                best = candidate;
+            }
+        }
+        Ok(Choice {
+            strategy: best.0,
+            reason: reason(best, &candidates),
+            candidates,
+        })
+    }
+
+    /// What a computation costs by its strategy.
+    ///
+    /// # Errors
+    /// [`SpecError`] if the computation is not possible.
+    pub fn cost(&self, spec: &AttentionSpec) -> Result<Cost, SpecError> {
+        let ranks = spec.world_size;
+        let looked_at = ranks.min(LOOKED_AT);
+        let mut slowest = (0.0, 0.0);
+        let (mut most_compute, mut all_compute, mut all_busy) = (0.0_f64, 0.0, 0.0);
+        let (mut bytes_received, mut hops) = (0, 0);
+        for index in 0..looked_at {
+            let rank = index * (ranks - 1) / (looked_at - 1).max(1);
+            let plan = Plan::new(spec, rank)?;
+            let time = self.time(&plan);
+            if time.seconds > slowest.0 {
+                slowest = (time.seconds, time.seconds - time.compute);
+            }
+            most_compute = most_compute.max(time.compute);
+            all_compute += time.compute;
+            all_busy += time.compute + time.copying;
+            let estimate = CommunicationEstimate::new(&plan);
+            let mut bytes = estimate.forward_received;
+            if self.training {
+                bytes += estimate.backward_received;
+            }
+            bytes_received = bytes_received.max(bytes);
+            hops = hops.max(estimate.hops);
+        }
+        let mean = all_compute / looked_at as f64;
+        let all_busy = all_busy / looked_at as f64 * ranks as f64;
+        Ok(Cost {
+            seconds: slowest.0.max(all_busy / self.machine.parallel_ranks),
+            compute_seconds: most_compute,
+            exchange_seconds: slowest.1,
+            bytes_received,
+            hops,
+            imbalance: if mean > 0.0 { most_compute / mean } else { 1.0 },
+        })
+    }
+
+    /// The time of one rank.
+    fn time(&self, plan: &Plan) -> Time {
+        let forward = self.walk(plan, plan.steps(), false);
+        let mut time = forward;
+        if self.training {
+            time += self.walk(plan, plan.backward_steps(), true);
+        }
+        if plan.regroup().is_some() {
+            time += self.regrouping(plan);
+        }
+        time
+    }
+
+    /// The time of the steps of one pass.
+    fn walk(&self, plan: &Plan, steps: &[Step], backward: bool) -> Time {
+        let machine = &self.machine;
+        let pair = if backward {
+            machine.backward_pair_seconds
+        } else {
+            machine.forward_pair_seconds
+        } * plan.spec().shape.head_dim as f64;
+        let mut time = Time::default();
+        let compute = |step: &Step| plan.pairs_of(step) as f64 * pair;
+        let exchanges = steps.iter().filter_map(|step| step.exchange.as_ref());
+        let all_at_once = plan.lookahead() > 1;
+        let mut ahead: f64 = 0.0;
+        for exchange in exchanges {
+            let (received, sent) = hop_bytes(plan, exchange, backward);
+            time.copying += sent as f64 / machine.copy_bytes_per_second;
+            if all_at_once {
+                ahead += received as f64 / machine.bytes_per_second;
+            }
+        }
+        if all_at_once {
+            ahead += machine.latency_seconds;
+        }
+        for step in steps {
+            let compute = compute(step);
+            let exchange = match &step.exchange {
+                _ if all_at_once => std::mem::take(&mut ahead),
+                None => 0.0,
+                Some(exchange) => {
+                    let (received, _) = hop_bytes(plan, exchange, backward);
+                    machine.latency_seconds + received as f64 / machine.bytes_per_second
+                }
+            };
+            time.compute += compute;
+            time.seconds += compute.max(exchange);
+        }
+        // Packing is done by whoever computes.
+        time.seconds += time.copying;
+        time
+    }
+
+    /// The time among the ranks that divide heads, there and back; nothing is computed meanwhile.
+    fn regrouping(&self, plan: &Plan) -> Time {
+        let machine = &self.machine;
+        let (own, divided) = (plan.problem(), plan.ring_problem());
+        let size = plan.spec().dtype.size();
+        let rows = |problem: &ring_kernels::Problem| {
+            let queries = problem.query_heads * problem.queries;
+            let keys = problem.kv_heads * problem.keys;
+            (problem.batch * problem.head_dim * size) as f64 * (queries + keys) as f64
+        };
+        // Forward: query, key, value, output. Backward: those but output, its gradient, three gradients back.
+        let times = if self.training { 5.5 } else { 2.0 };
+        let ranks = plan.regroup().map_or(1, |regroup| regroup.members.len()) as f64;
+        let own_share = 1.0 / ranks;
+        let received = times * rows(&divided).max(rows(&own)) * (1.0 - own_share);
+        let copied = times * (rows(&own) + rows(&divided));
+        let rounds = if self.training { 4.0 } else { 2.0 };
+        let copying = copied / machine.copy_bytes_per_second;
+        let exchange = rounds * machine.latency_seconds + received / machine.bytes_per_second;
+        Time {
+            seconds: copying + exchange,
+            compute: 0.0,
+            copying,
+        }
+    }
+}
+
+/// What a rank does for how long.
+#[derive(Clone, Copy, Debug, Default)]
+struct Time {
+    /// From beginning to end.
+    seconds: f64,
+    /// In kernels.
+    compute: f64,
+    /// Copying rows into messages and out of them.
+    copying: f64,
+}
+
+impl std::ops::AddAssign for Time {
+    fn add_assign(&mut self, other: Self) {
+        self.seconds += other.seconds;
+        self.compute += other.compute;
+        self.copying += other.copying;
+    }
+}
+
+/// Bytes that a rank receives and sends in a hop, with the gradients that go home because of it.
+fn hop_bytes(plan: &Plan, exchange: &Exchange, backward: bool) -> (u64, u64) {
+    CommunicationEstimate::of_hop(plan, exchange, backward)
+}
+
+/// Why the best candidate is the best.
+fn reason(best: &(Strategy, Cost), candidates: &[(Strategy, Cost)]) -> String {
+    let (_, cost) = best;
+    let runner_up = candidates
+        .iter()
+        .filter(|(strategy, _)| *strategy != best.0)
+        .min_by(|a, b| a.1.seconds.total_cmp(&b.1.seconds));
+    let mut reason = format!(
+        "it takes the least time, {}: the rank with most work computes for {}, waits and copies take {}",
+        seconds(cost.seconds),
+        seconds(cost.compute_seconds),
+        seconds(cost.exchange_seconds)
+    );
+    if let Some((strategy, other)) = runner_up {
+        let because = if other.imbalance > cost.imbalance * 1.02 {
+            "its work is divided less evenly"
+        } else if other.bytes_received > cost.bytes_received {
+            "more bytes travel"
+        } else if other.hops > cost.hops {
+            "it takes more rounds of messages"
+        } else {
+            "it is no clear gain"
+        };
+        reason += &format!(
+            "; the next best is {strategy} with {}, {because}",
+            seconds(other.seconds)
+        );
+    }
+    reason
+}
+
+/// A time in units that people read.
+fn seconds(seconds: f64) -> String {
+    match seconds {
+        s if s >= 1.0 => format!("{s:.2} s"),
+        s if s >= 1e-3 => format!("{:.2} ms", s * 1e3),
+        s => format!("{:.1} us", s * 1e6),
+    }
+}
+
+impl Choice {
+    /// In plain words: what was chosen, why, and what the others would have cost.
+    pub fn explain(&self) -> String {
+        self.to_string()
+    }
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, because {}", self.strategy, self.reason)?;
+        for (strategy, cost) in &self.candidates {
+            write!(
+                f,
+                "\n  {strategy}: {} ({} received by the rank that receives most, {} rounds of messages, most work over mean {:.2})",
+                seconds(cost.seconds),
+                bytes(cost.bytes_received),
+                cost.hops,
+                cost.imbalance
+            )?;
+        }
+        Ok(())
+    }
+}
+
+fn bytes(bytes: u64) -> String {
+    match bytes as f64 {
+        b if b >= 1e9 => format!("{:.2} GB", b / 1e9),
+        b if b >= 1e6 => format!("{:.2} MB", b / 1e6),
+        b => format!("{:.1} kB", b / 1e3),
+    }
+}
