@@ -4,10 +4,14 @@
 //! a transport moves it, a kernel reads it. Everything above is generic in the buffer type, so that the same driver runs
 //! on host memory ([`HostBuffer`]) and, with other transports and kernels, on device memory.
 
+mod pool_statistics;
+
 use std::fmt;
 
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
+
+pub use self::pool_statistics::PoolStatistics;
 
 /// Element type of a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
