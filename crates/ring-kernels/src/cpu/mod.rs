@@ -128,7 +128,7 @@ impl CpuKernels {
     }
 
     /// Bytes of scratch memory that `threads` threads hold once they have computed a backward pass. Per thread about 0.6 MiB for
-    /// head size 64, 1.1 MiB for 128, 1.5 MiB for 256.
+    /// head size 64, 1.1 MiB for 128, 1.4 MiB for 256.
     pub const fn scratch_bytes(head_dim: usize, threads: usize) -> usize {
         threads * scratch::bytes(scratch_words(head_dim, Tiles::FASTEST))
     }
@@ -323,7 +323,7 @@ impl Kernels<HostBuffer> for CpuKernels {
         }
     }
 
-    /// Levels 1 and 2 compute on smaller tiles, in about 50% and 35% of the scratch memory; every further level halves the number of
+    /// Levels 1 and 2 compute on smaller tiles, in about a half and two fifths of the scratch memory; every further level halves the number of
     /// threads that work at once, down to 1.
     fn with_less_memory(&self, level: u32) -> Option<Self> {
         let workers = Arc::new(self.workers.at_level(level)?);
