@@ -110,6 +110,16 @@ impl HostBuffer {
         }
     }
 
+    /// As [`zeros`](Self::zeros); `None` if the memory is refused.
+    pub fn try_zeros(dtype: DType, len: usize) -> Option<Self> {
+        use bytemuck::allocation::try_zeroed_vec;
+        match dtype {
+            DType::F32 => try_zeroed_vec(len).map(HostBuffer::F32).ok(),
+            DType::F16 => try_zeroed_vec(len).map(HostBuffer::F16).ok(),
+            DType::BF16 => try_zeroed_vec(len).map(HostBuffer::BF16).ok(),
+        }
+    }
+
     /// The f32 elements, or `None` for another type.
     pub fn as_f32(&self) -> Option<&[f32]> {
         match self {
