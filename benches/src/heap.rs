@@ -42,6 +42,8 @@ pub struct Usage {
     pub peak: usize,
     /// The largest single allocation.
     pub largest: usize,
+    /// Bytes held at the end, beyond what was held at the begin: negative if more was released than allocated.
+    pub held: i64,
 }
 
 /// Adds `bytes` to this thread's account, as memory received (positive) or handed over (negative).
@@ -59,9 +61,18 @@ pub fn charge(bytes: i64) {
 pub fn measure<R>(work: impl FnOnce() -> R) -> (R, Usage) {
     ACCOUNT.set(EMPTY);
     let result = work();
-    let Account { peak, largest, .. } = ACCOUNT.get();
+    let Account {
+        held,
+        peak,
+        largest,
+    } = ACCOUNT.get();
     let peak = usize::try_from(peak).expect("the peak is at least the 0 of the begin");
-    (result, Usage { peak, largest })
+    let usage = Usage {
+        peak,
+        largest,
+        held,
+    };
+    (result, usage)
 }
 
 fn allocated(layout: Layout) {

@@ -1,5 +1,6 @@
 //! Memory of one rank: measured by [`heap`](crate::heap), and as [`MemoryEstimate`] foretells it.
 
+use ring_comm::buffer::Buffer;
 use ring_core::{AttentionSpec, MemoryEstimate, Plan};
 use ring_kernels::CpuKernels;
 
@@ -80,6 +81,73 @@ pub fn estimates(plan: &Plan) -> [MemoryEstimate; 2] {
         MemoryEstimate::forward(plan, scratch),
         MemoryEstimate::backward(plan, scratch),
     ]
+}
+
+/// All that one rank held at one time in a pass, its inputs included.
+#[derive(Clone, Copy, Debug)]
+pub struct Total {
+    /// What the heap saw.
+    pub measured: u64,
+    /// What the estimate says of the same.
+    pub estimate: u64,
+}
+
+impl Total {
+    /// `estimated / measured`
+    pub fn ratio(&self) -> f64 {
+        self.estimate as f64 / self.measured as f64
+    }
+}
+
+/// Runs the computation, every rank on `threads` threads, and tells what each rank held, `[forward, backward]`.
+///
+/// The program must have declared [`CountingAllocator`](crate::heap::CountingAllocator) its global allocator.
+///
+/// # Panics
+/// If the computation fails.
+pub fn measure_totals(spec: &AttentionSpec, threads: usize) -> Vec<[Total; 2]> {
+    let largest = largest_message(spec);
+    on_all_ranks(spec.world_size, |endpoint| {
+        let rank = Rank::new(spec, Metered(endpoint), threads);
+        // What threads other than this one allocate, their scratch memory, is not in this thread's account.
+        let of_others = || match threads {
+            1 => 0,
+            _ => rank.kernels().scratch_statistics().kept_bytes,
+        };
+        let inputs: [usize; 4] = rank.tensors().map(Buffer::byte_len);
+        let (result, forward) = measure(|| rank.forward());
+        let result = result.expect("the forward pass succeeds");
+        let before = inputs[..3].iter().sum::<usize>();
+        let of_forward = before + forward.peak + of_others();
+        let (gradients, backward) = measure(|| rank.backward(&result));
+        gradients.expect("the backward pass succeeds");
+        let held = usize::try_from(forward.held).expect("results are held");
+        let of_backward = before + inputs[3] + held + backward.peak + of_others();
+        let head_dim = spec.shape.head_dim;
+        let estimates = [
+            MemoryEstimate::forward(
+                &rank.plan,
+                CpuKernels::forward_scratch_bytes(head_dim, threads) as u64,
+            ),
+            MemoryEstimate::backward(
+                &rank.plan,
+                CpuKernels::scratch_bytes(head_dim, threads) as u64,
+            ),
+        ];
+        let [forward, backward] =
+            estimates.map(|estimate| estimate.in_group(&rank.plan, largest).total);
+        [(of_forward, forward), (of_backward, backward)].map(|(measured, estimate)| Total {
+            measured: measured as u64,
+            estimate,
+        })
+    })
+}
+
+/// Elements of the largest message of a group.
+fn largest_message(spec: &AttentionSpec) -> u64 {
+    let plan = |rank| Plan::new(spec, rank).expect("the specification is sound");
+    let largest = (0..spec.world_size).map(|rank| MemoryEstimate::largest_message(&plan(rank)));
+    largest.max().unwrap_or(0)
 }
 
 /// The rank that needed most, by pass: `[forward, backward]`.

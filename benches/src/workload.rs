@@ -92,6 +92,11 @@ impl Rank {
         [&self.query, &self.key, &self.value, &self.grad_output]
     }
 
+    /// The kernels that compute.
+    pub fn kernels(&self) -> &CpuKernels {
+        &self.kernels
+    }
+
     fn inputs(&self) -> Inputs<'_, HostBuffer> {
         Inputs {
             query: Tensor {

@@ -4,10 +4,14 @@
 //! a transport moves it, a kernel reads it. Everything above is generic in the buffer type, so that the same driver runs
 //! on host memory ([`HostBuffer`]) and, with other transports and kernels, on device memory.
 
+mod pool_statistics;
+
 use std::fmt;
 
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
+
+pub use self::pool_statistics::PoolStatistics;
 
 /// Element type of a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -103,6 +107,16 @@ impl HostBuffer {
             DType::F32 => HostBuffer::F32(vec![0.0; len]),
             DType::F16 => HostBuffer::F16(vec![f16::ZERO; len]),
             DType::BF16 => HostBuffer::BF16(vec![bf16::ZERO; len]),
+        }
+    }
+
+    /// As [`zeros`](Self::zeros); `None` if the memory is refused.
+    pub fn try_zeros(dtype: DType, len: usize) -> Option<Self> {
+        use bytemuck::allocation::try_zeroed_vec;
+        match dtype {
+            DType::F32 => try_zeroed_vec(len).map(HostBuffer::F32).ok(),
+            DType::F16 => try_zeroed_vec(len).map(HostBuffer::F16).ok(),
+            DType::BF16 => try_zeroed_vec(len).map(HostBuffer::BF16).ok(),
         }
     }
 

@@ -6,14 +6,15 @@
 //!
 //! A pool never holds more than was taken from it, or allocated for want of it, at one time; nor more than [`KEPT`] buffers of
 //! a type. A buffer too small for what is asked for is released in its favour, and one more than twice as large as anything
-//! asked for in [`CALLS_BETWEEN_INVENTORIES`] calls is released too: a large call does not pin its memory for ever.
+//! asked for in [`CALLS_BETWEEN_INVENTORIES`] calls is released too: a large call does not pin its memory for ever. Less is
+//! kept with a [limit](BufferPool::set_limit), and nothing once the pool was told to [release](BufferPool::release) it.
 
 use std::{
     fmt,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use crate::buffer::{Buffer, DType};
+use crate::buffer::{Buffer, DType, PoolStatistics};
 
 /// Most buffers of one element type that a pool keeps: in the backward of f32 tensors, the keys and values computed on, leaving
 /// and arriving, and the gradients of a slot, leaving and arriving.
@@ -31,6 +32,9 @@ struct Store<B> {
     /// One for each of [`DTYPES`].
     shelves: [Shelf<B>; 3],
     calls: usize,
+    /// The most bytes to keep.
+    limit: usize,
+    statistics: PoolStatistics,
 }
 
 struct Shelf<B> {
@@ -58,6 +62,8 @@ impl<B> Default for BufferPool<B> {
                 largest: 0,
             }),
             calls: 0,
+            limit: usize::MAX,
+            statistics: PoolStatistics::default(),
         };
         Self {
             store: Mutex::new(store),
@@ -74,47 +80,102 @@ impl<B> BufferPool<B> {
 
 impl<B: Buffer> BufferPool<B> {
     /// Announces a call that will take buffers. From time to time this is when what has become too large is released.
+    ///
+    /// What was lent before counts as lent no more: a call that failed may have dropped what it took.
     pub fn begin(&self) {
         let mut store = self.lock();
-        store.calls += 1;
-        if store.calls > CALLS_BETWEEN_INVENTORIES {
-            store.calls = 1;
-            store.shelves.iter_mut().for_each(Shelf::take_inventory);
+        let Store {
+            shelves,
+            calls,
+            statistics,
+            ..
+        } = &mut *store;
+        statistics.lent_bytes = 0;
+        *calls += 1;
+        if *calls > CALLS_BETWEEN_INVENTORIES {
+            *calls = 1;
+            for shelf in shelves {
+                shelf.take_inventory(statistics);
+            }
         }
     }
 
-    /// A buffer with room for `capacity` elements, the smallest there is; its contents are arbitrary.
+    /// A buffer with room for `capacity` elements, the smallest there is; its contents are arbitrary. Whoever gets `None`
+    /// allocates, which is counted here.
     pub fn take(&self, dtype: DType, capacity: usize) -> Option<B> {
-        self.lock().shelf(dtype).take(capacity)
+        let mut store = self.lock();
+        let (shelf, statistics) = store.shelf(dtype);
+        statistics.borrows += 1;
+        let taken = shelf.take(capacity, statistics);
+        match &taken {
+            Some(buffer) => statistics.reuse(bytes(buffer)),
+            None => statistics.allocate(capacity.saturating_mul(dtype.size())),
+        }
+        taken
     }
 
-    /// Keeps `buffer` for whoever takes it next.
+    /// Keeps `buffer` for whoever takes it next, within the limit.
     pub fn give(&self, buffer: B) {
-        let dtype = buffer.dtype();
-        self.lock().shelf(dtype).give(buffer);
+        let mut store = self.lock();
+        let limit = store.limit;
+        let (shelf, statistics) = store.shelf(buffer.dtype());
+        let limit = if shelf.buffers.len() < KEPT { limit } else { 0 };
+        if statistics.take_back(bytes(&buffer), limit) && buffer.capacity() > 0 {
+            shelf.buffers.push(buffer);
+        }
+    }
+
+    /// Keeps at most `bytes` from now on, and gives back what is more than that. With less than the messages of a call take,
+    /// every call allocates.
+    pub fn set_limit(&self, bytes: usize) {
+        let mut store = self.lock();
+        store.limit = bytes;
+        store.release_down_to(bytes);
+    }
+
+    /// Gives back to the system, or the device, what is not lent.
+    pub fn release(&self) {
+        self.lock().release_down_to(0);
+    }
+
+    /// What the pool has lent and kept since it was made. Messages that change hands without a copy count as given back by
+    /// who receives them.
+    pub fn statistics(&self) -> PoolStatistics {
+        self.lock().statistics
     }
 
     /// Bytes that wait for their next message.
     pub fn bytes(&self) -> usize {
-        let bytes = |buffer: &B| buffer.capacity() * buffer.dtype().size();
-        let store = self.lock();
-        let kept = store.shelves.iter().flat_map(|shelf| &shelf.buffers);
-        kept.map(bytes).sum()
+        self.statistics().kept_bytes
     }
 }
 
+/// Bytes that a buffer holds.
+fn bytes(buffer: &impl Buffer) -> usize {
+    buffer.capacity() * buffer.dtype().size()
+}
+
 impl<B> Store<B> {
-    fn shelf(&mut self, dtype: DType) -> &mut Shelf<B> {
-        &mut self.shelves[match dtype {
+    fn shelf(&mut self, dtype: DType) -> (&mut Shelf<B>, &mut PoolStatistics) {
+        let shelf = &mut self.shelves[match dtype {
             DType::F32 => 0,
             DType::F16 => 1,
             DType::BF16 => 2,
-        }]
+        }];
+        (shelf, &mut self.statistics)
+    }
+}
+
+impl<B: Buffer> Store<B> {
+    fn release_down_to(&mut self, limit: usize) {
+        for shelf in &mut self.shelves {
+            while self.statistics.kept_bytes > limit && shelf.release(&mut self.statistics) {}
+        }
     }
 }
 
 impl<B: Buffer> Shelf<B> {
-    fn take(&mut self, capacity: usize) -> Option<B> {
+    fn take(&mut self, capacity: usize, statistics: &mut PoolStatistics) -> Option<B> {
         self.largest = self.largest.max(capacity);
         let fitting = |&index: &usize| self.buffers[index].capacity() >= capacity;
         let smallest = (0..self.buffers.len())
@@ -122,21 +183,27 @@ impl<B: Buffer> Shelf<B> {
             .min_by_key(|&index| self.buffers[index].capacity());
         if smallest.is_none() {
             // What will be allocated instead comes back; then there is one buffer again, not two.
-            self.buffers.pop();
+            self.release(statistics);
         }
         smallest.map(|index| self.buffers.swap_remove(index))
     }
 
-    fn give(&mut self, buffer: B) {
-        if buffer.capacity() > 0 && self.buffers.len() < KEPT {
-            self.buffers.push(buffer);
-        }
+    /// Releases one buffer; whether there was one.
+    fn release(&mut self, statistics: &mut PoolStatistics) -> bool {
+        let released = self.buffers.pop();
+        statistics.release(released.as_ref().map_or(0, bytes));
+        released.is_some()
     }
 
-    fn take_inventory(&mut self) {
+    fn take_inventory(&mut self, statistics: &mut PoolStatistics) {
         let largest = self.largest;
-        self.buffers
-            .retain(|buffer| buffer.capacity() <= largest.saturating_mul(2));
+        self.buffers.retain(|buffer| {
+            let keep = buffer.capacity() <= largest.saturating_mul(2);
+            if !keep {
+                statistics.release(bytes(buffer));
+            }
+            keep
+        });
         self.largest = 0;
     }
 }
@@ -191,5 +258,51 @@ mod tests {
             pool.give(buffer);
         }
         assert_eq!(pool.bytes(), 4 * (10 + 20));
+    }
+
+    #[test]
+    fn no_more_is_kept_than_the_limit_allows() {
+        let pool = pool(&[10, 20]);
+        pool.set_limit(4 * 25);
+        assert_eq!(pool.bytes(), 40, "the latest is released");
+        pool.give(HostBuffer::zeros(DType::BF16, 30));
+        pool.give(HostBuffer::zeros(DType::F32, 1));
+        assert_eq!(pool.bytes(), 100, "within the limit, of all types together");
+        assert_eq!(taken(&pool, 1), Some(10));
+        pool.set_limit(usize::MAX);
+        pool.give(HostBuffer::zeros(DType::F32, 25));
+        assert_eq!(pool.bytes(), 160);
+    }
+
+    #[test]
+    fn statistics_tell_what_was_lent_and_what_is_kept() {
+        let pool = BufferPool::default();
+        pool.begin();
+        assert_eq!(taken(&pool, 10), None);
+        assert_eq!(taken(&pool, 20), None);
+        pool.give(HostBuffer::zeros(DType::F32, 10));
+        pool.give(HostBuffer::zeros(DType::F32, 20));
+        let again = pool.take(DType::F32, 5).unwrap();
+        let expected = PoolStatistics {
+            kept_bytes: 80,
+            lent_bytes: 40,
+            most_lent_bytes: 120,
+            borrows: 3,
+            reuses: 1,
+            allocations: 2,
+            released_bytes: 0,
+        };
+        assert_eq!(pool.statistics(), expected);
+        drop(again);
+        pool.begin();
+        pool.release();
+        let expected = PoolStatistics {
+            kept_bytes: 0,
+            lent_bytes: 0,
+            released_bytes: 80,
+            ..expected
+        };
+        assert_eq!(pool.statistics(), expected);
+        assert_eq!(taken(&pool, 5), None);
     }
 }

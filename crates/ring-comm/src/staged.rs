@@ -84,9 +84,9 @@ impl<B: Staging> Staged<B> {
 
 impl Shared {
     /// Host memory for a message, with arbitrary contents.
-    fn host_memory(&self, expected: Expected) -> HostBuffer {
+    fn host_memory(&self, expected: Expected) -> Result<HostBuffer, CommError> {
         let memory = self.host.take(expected.dtype, expected.len);
-        crate::remote::host_room_for(expected, memory)
+        crate::remote::host_room_for(expected, memory).map_err(|reason| self.fail(&reason))
     }
 
     /// The error of a copy that failed, which ends the group.
@@ -121,7 +121,7 @@ impl<B: Staging> Transport<B> for Staged<B> {
         let mut host = self.shared.host_memory(Expected {
             dtype: buffer.dtype(),
             len: buffer.len(),
-        });
+        })?;
         let copied = buffer.copy_to_host(&mut host);
         copied.map_err(|error| self.shared.fail(&error))?;
         let request = self.transport().isend(peer, tag, host)?;
@@ -143,7 +143,7 @@ impl<B: Staging> Transport<B> for Staged<B> {
         expected: Expected,
         memory: Option<B>,
     ) -> Result<RecvRequest<B>, CommError> {
-        let host = Some(self.shared.host_memory(expected));
+        let host = Some(self.shared.host_memory(expected)?);
         let request = self.transport().irecv_into(peer, tag, expected, host)?;
         Ok(RecvRequest::new(StagedReceive {
             request,

@@ -194,7 +194,7 @@ pub struct MemoryEstimate {
     /// Messages that exist at the same time: the slot computed on, the one arriving, the one leaving, and in the backward pass
     /// the gradients of a slot, leaving and arriving. The communicator keeps them for its next call. Each is as large as the
     /// largest message of the group; that is taken to be the largest of this rank, which it is, but for a few rows, unless
-    /// shards or what is visible to them differ much from rank to rank.
+    /// shards or what is visible to them differ much from rank to rank. Then see [`in_group`](Self::in_group).
     pub exchange_slots: u64,
     /// Running state that is not part of a result, and the kernels' tiles.
     pub scratch: u64,
@@ -215,6 +215,26 @@ impl MemoryEstimate {
     /// Memory of a backward pass, with everything it needs of the forward pass.
     pub fn backward(plan: &Plan, kernel_scratch: u64) -> Self {
         Self::new(plan, kernel_scratch, true)
+    }
+
+    /// Elements of the largest message that the rank of `plan` sends or receives; 0 if there is none.
+    pub fn largest_message(plan: &Plan) -> u64 {
+        let shape = plan.spec().shape;
+        let messages = plan.exchanges().flat_map(|hop| [&hop.send, &hop.receive]);
+        let rows = messages.flatten().map(Message::row_count).max();
+        (rows.unwrap_or(0) * shape.batch * 2 * shape.head_dim) as u64
+    }
+
+    /// The same estimate, made of `plan`, in a group whose [largest message](Self::largest_message), over all ranks, has `largest`
+    /// elements: buffers for messages are as large as that one.
+    #[must_use]
+    pub fn in_group(mut self, plan: &Plan, largest: u64) -> Self {
+        let whole = self.single_device_total;
+        self.total -= self.exchange_slots;
+        self.exchange_slots = self.exchange_slots / Self::largest_message(plan).max(1) * largest;
+        self.total += self.exchange_slots;
+        self.reduction_factor = whole as f64 / (self.total as f64).max(1.0);
+        self
     }
 
     fn new(plan: &Plan, kernel_scratch: u64, backward: bool) -> Self {
@@ -258,18 +278,16 @@ impl MemoryEstimate {
         let query = query_rows * dim * size;
         let key_value = 2 * key_rows * dim * size;
         let output = query_rows * (dim * size + 4);
-        // With 16-bit types the f32 sums exist beside the rounded results.
-        let rounded = |elements: u64| if size == 4 { 0 } else { elements * 4 };
+        // With 16-bit types the f32 sums exist beside the rounded results; each is released once it is rounded.
+        let rounded = |results: &[u64]| if size == 4 { 0 } else { sums(results, size) };
         let (gradients, state) = if backward {
             let gradients = 2 * query + key_value;
             let delta = query_rows * 4;
-            (
-                gradients,
-                delta + rounded(query_rows * dim + 2 * key_rows * dim),
-            )
+            let sums = rounded(&[query_rows, key_rows, key_rows].map(|rows| rows * dim));
+            (gradients, delta + sums)
         } else {
             // Running maximum and denominator; one of the two becomes the log-sum-exp.
-            (0, query_rows * 4 + rounded(query_rows * dim))
+            (0, query_rows * 4 + rounded(&[query_rows * dim]))
         };
         let scratch = state + kernel_scratch;
         Self {
@@ -284,6 +302,19 @@ impl MemoryEstimate {
             reduction_factor: 1.0,
         }
     }
+}
+
+/// The most bytes held while sums of f32 are rounded one after the other to results of `size` bytes an element, beyond all results.
+fn sums(elements: &[u64], size: u64) -> u64 {
+    let all: u64 = elements.iter().sum();
+    let mut held = 4 * all;
+    let mut most = held;
+    for result in elements {
+        held += size * result;
+        most = most.max(held);
+        held -= 4 * result;
+    }
+    most - size * all
 }
 
 /// Bytes of a plan as it is executed: all its blocks written out, and the rows of its messages.
@@ -307,13 +338,9 @@ fn lists(plan: &Plan) -> u64 {
 /// Bytes of the buffers that messages lie in: all as large as the largest of them, as many as there are at one time.
 fn slots(plan: &Plan, backward: bool) -> u64 {
     let spec = plan.spec();
-    let elements = |message: &Message| {
-        (message.row_count() * spec.shape.batch * 2 * spec.shape.head_dim) as u64
-    };
-    let messages = plan.exchanges().flat_map(|hop| [&hop.send, &hop.receive]);
-    let largest = messages.flatten().map(elements).max().unwrap_or(0);
+    let largest = MemoryEstimate::largest_message(plan);
     // One more than there are steps: after the last one, gradients are still on their way.
-    let at_steps = (0..=plan.steps().len()).map(|index| Held::at(plan, index, backward));
+    let at_steps = (0..=plan.steps().len()).flat_map(|index| Held::at(plan, index, backward));
     let size = spec.dtype.size() as u64;
     let buffers = if size == 4 {
         // Keys and values lie in the buffers of gradients that are gone, and the other way round.
@@ -340,8 +367,8 @@ struct Held {
 }
 
 impl Held {
-    /// During step `index`.
-    fn at(plan: &Plan, index: usize, backward: bool) -> Self {
+    /// While step `index` computes, and right after.
+    fn at(plan: &Plan, index: usize, backward: bool) -> [Self; 2] {
         let exchange = |index: Option<usize>| plan.steps().get(index?)?.exchange.as_ref();
         let next = exchange(Some(index));
         let current = exchange(index.checked_sub(1));
@@ -349,15 +376,31 @@ impl Held {
         let received =
             |hop: Option<&Exchange>| u64::from(hop.is_some_and(|hop| hop.receive.is_some()));
         let sent = |hop: Option<&Exchange>| u64::from(hop.is_some_and(|hop| hop.send.is_some()));
-        // Gradients of the slot, and beside them those of the hop before; or, after a gap, its own right away.
-        let beside = (received(earlier) + sent(earlier)).max(sent(current));
-        Self {
-            key_values: received(current) + received(next) + sent(next),
-            gradients: if backward {
-                received(current) + beside
+        // Gradients travel while the hop right after theirs is computed, or after a gap at once.
+        let follows = |later: Option<&Exchange>, hop: Option<&Exchange>| {
+            later
+                .zip(hop)
+                .is_some_and(|(later, hop)| later.distance == hop.distance + 1)
+        };
+        let under_way = |hop, travels| {
+            if travels {
+                received(hop) + sent(hop)
             } else {
                 0
-            },
-        }
+            }
+        };
+        let in_flight = received(next) + sent(next);
+        let computing = Self {
+            key_values: received(current) + in_flight,
+            gradients: received(current) + under_way(earlier, follows(current, earlier)),
+        };
+        let after = Self {
+            key_values: in_flight,
+            gradients: under_way(current, !follows(next, current)),
+        };
+        [computing, after].map(|held| Self {
+            gradients: if backward { held.gradients } else { 0 },
+            ..held
+        })
     }
 }

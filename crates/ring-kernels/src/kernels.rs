@@ -204,4 +204,22 @@ pub trait Kernels<B: Buffer>: Send + Sync {
     /// # Errors
     /// [`KernelError`] if memory cannot be had.
     fn round(&self, buffer: B, dtype: DType) -> Result<B, KernelError>;
+
+    /// The same kernels with less memory of their own, and less speed: every result is the same to the last bit. These are level 0;
+    /// the higher the level, the less memory. `None` if there is no such level; by default there is none at all.
+    fn with_less_memory(&self, level: u32) -> Option<Self>
+    where
+        Self: Sized,
+    {
+        let _ = level;
+        None
+    }
+
+    /// Gives back to the system what is kept between calls; by default nothing is kept. Later calls allocate anew.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`] if the device fails.
+    fn release_memory(&self) -> Result<(), KernelError> {
+        Ok(())
+    }
 }

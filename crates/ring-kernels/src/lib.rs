@@ -70,6 +70,7 @@ mod cpu;
 #[cfg(feature = "cube")]
 mod cube;
 mod dropout;
+pub mod failing;
 mod kernels;
 
 #[cfg(test)]

@@ -141,7 +141,7 @@ impl Wire<HostBuffer> for ThreadWire {
         expected: Expected,
         memory: Option<HostBuffer>,
     ) -> Result<HostBuffer, String> {
-        Ok(host_room_for(expected, memory))
+        host_room_for(expected, memory)
     }
 
     fn send_data(&mut self, peer: Rank, sequence: u64, buffer: HostBuffer) {

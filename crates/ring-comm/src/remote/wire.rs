@@ -95,16 +95,46 @@ pub(crate) enum Event<B> {
 }
 
 /// The host memory that was brought, if it is of the right type and large enough, or new memory; with the length of the message.
-pub(crate) fn host_room_for(expected: Expected, memory: Option<HostBuffer>) -> HostBuffer {
+///
+/// # Errors
+/// If new memory is refused.
+pub(crate) fn host_room_for(
+    expected: Expected,
+    memory: Option<HostBuffer>,
+) -> Result<HostBuffer, String> {
     let will_do =
         |memory: &HostBuffer| memory.dtype() == expected.dtype && memory.capacity() >= expected.len;
     let Some(mut memory) = memory.filter(will_do) else {
-        return HostBuffer::zeros(expected.dtype, expected.len);
+        return HostBuffer::try_zeros(expected.dtype, expected.len).ok_or_else(|| {
+            let bytes = expected.len.saturating_mul(expected.dtype.size());
+            format!("could not allocate {bytes} bytes for a message")
+        });
     };
     match &mut memory {
         HostBuffer::F32(values) => values.resize(expected.len, Default::default()),
         HostBuffer::F16(values) => values.resize(expected.len, Default::default()),
         HostBuffer::BF16(values) => values.resize(expected.len, Default::default()),
     }
-    memory
+    Ok(memory)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::buffer::DType;
+
+    #[test]
+    fn refused_memory_is_an_error() {
+        let expected = |len| Expected {
+            dtype: DType::F32,
+            len,
+        };
+        let brought = Some(HostBuffer::zeros(DType::F32, 10));
+        assert_eq!(
+            host_room_for(expected(8), brought),
+            Ok(HostBuffer::zeros(DType::F32, 8))
+        );
+        let refused = host_room_for(expected(usize::MAX / 8), None).unwrap_err();
+        assert!(refused.contains("9223372036854775804 bytes"), "{refused}");
+    }
 }

@@ -2,6 +2,7 @@
 //!
 //! As in the forward pass, queries (and output gradients) of a band are packed once and used with all keys, and scores are
 //! computed transposed, keys by queries. Gradients of the band's queries and of a tile's keys are summed in scratch memory.
+//! With less memory, a group of the band's queries is packed at a time, again for every tile of keys; see [`Tiles`].
 //!
 //! With enough heads for all threads, one pass computes all gradients. Otherwise two passes are made over smaller tasks
 //! ([`Gradients`]), and each computes `S` and `dP` anew: seven products instead of five. Gradients are the same to the last
@@ -20,8 +21,9 @@ use super::panels::{read_rows, row_panels, transposed_panels};
 use super::product::{DepthMajor, Old, Out, Panels, RowMajor, Size, multiply};
 use super::rows::{blocks_of, flipped, pieces, reach, tiles, tiles_in, within};
 use super::scores::Weighting;
-use super::scratch::{Cut, HostTensor, KEY_TILE, QUERY_TILE, Strides, band, padded};
+use super::scratch::{Cut, HostTensor, QUERY_TILE, Strides, band, padded};
 use super::softmax::{Factors, GradientRows, GradientTile, Sight, softmax_gradient};
+use super::tiles::Tiles;
 use crate::{
     BackwardInputs, HeadBlocks, KernelError, KeyValue, KeyValueGradient, Problem, RowLayout, Rows,
 };
@@ -56,6 +58,7 @@ pub(super) fn backward(
         value,
         blocks,
         output_scale,
+        tiles: workers.tiles,
     };
     let own;
     let layout = match &grad_key_value {
@@ -70,20 +73,21 @@ pub(super) fn backward(
 }
 
 /// Words of the matrices of one thread, for every format.
-pub(super) const fn scratch_words(head_dim: usize) -> usize {
+pub(super) const fn scratch_words(head_dim: usize, tiles: Tiles) -> usize {
     let (band, dim) = (band(head_dim), padded(head_dim));
-    5 * band * dim + 2 * band + 6 * KEY_TILE * dim + 4 * KEY_TILE * QUERY_TILE
+    let (packed, keys) = (tiles.packed_queries(head_dim), tiles.backward_keys());
+    (4 * packed + band + QUERY_TILE + 5 * keys) * dim + 2 * band + 4 * keys * QUERY_TILE
 }
 
 /// The matrices of one thread.
 struct Scratch<'a> {
-    /// `Q^T` of every query tile of the band, panels.
+    /// `Q^T` of the query tiles that are packed, panels.
     query_transposed: &'a mut [f32],
-    /// `dO^T` of every query tile of the band, panels.
+    /// `dO^T` of the query tiles that are packed, panels.
     grad_output_transposed: &'a mut [f32],
-    /// `Q` of every query tile of the band, panels.
+    /// `Q` of the query tiles that are packed, panels.
     query: &'a mut [f32],
-    /// `dO` of every query tile of the band, panels.
+    /// `dO` of the query tiles that are packed, panels.
     grad_output: &'a mut [f32],
     /// `dQ` of the band.
     grad_query: &'a mut [f32],
@@ -114,26 +118,27 @@ struct Scratch<'a> {
 }
 
 impl<'a> Scratch<'a> {
-    fn new(mut cut: Cut<'a>, head_dim: usize) -> Self {
+    fn new(mut cut: Cut<'a>, head_dim: usize, tiles: Tiles) -> Self {
         let (band, dim) = (band(head_dim), padded(head_dim));
+        let (packed, keys) = (tiles.packed_queries(head_dim), tiles.backward_keys());
         Self {
-            query_transposed: cut.next(band * dim),
-            grad_output_transposed: cut.next(band * dim),
-            query: cut.next(band * dim),
-            grad_output: cut.next(band * dim),
+            query_transposed: cut.next(packed * dim),
+            grad_output_transposed: cut.next(packed * dim),
+            query: cut.next(packed * dim),
+            grad_output: cut.next(packed * dim),
             grad_query: cut.next(band * dim),
             log_sum_exp: cut.next(band),
             delta: cut.next(band),
-            key_rows: cut.next(KEY_TILE * dim),
-            key: cut.next(KEY_TILE * dim),
-            value_rows: cut.next(KEY_TILE * dim),
-            staged: cut.next(KEY_TILE * dim),
-            grad_key: cut.next(KEY_TILE * dim),
-            grad_value: cut.next(KEY_TILE * dim),
-            scores: cut.next(KEY_TILE * QUERY_TILE),
-            grad_scores: cut.next(KEY_TILE * QUERY_TILE),
-            grad_scores_by_keys: cut.next(KEY_TILE * QUERY_TILE),
-            kept: cut.next(KEY_TILE * QUERY_TILE),
+            key_rows: cut.next(keys * dim),
+            key: cut.next(keys * dim),
+            value_rows: cut.next(keys * dim),
+            staged: cut.next(QUERY_TILE * dim),
+            grad_key: cut.next(keys * dim),
+            grad_value: cut.next(keys * dim),
+            scores: cut.next(keys * QUERY_TILE),
+            grad_scores: cut.next(keys * QUERY_TILE),
+            grad_scores_by_keys: cut.next(keys * QUERY_TILE),
+            kept: cut.next(keys * QUERY_TILE),
         }
     }
 }
@@ -149,6 +154,7 @@ struct Backward<'a> {
     value: HostTensor<'a>,
     blocks: &'a [HeadBlocks],
     output_scale: f32,
+    tiles: Tiles,
 }
 
 impl Backward<'_> {
@@ -168,7 +174,7 @@ impl Backward<'_> {
         tasks: impl Iterator<Item = Task<'t>> + Send,
     ) -> Result<(), KernelError> {
         let bf16 = self.query.data.dtype() == DType::BF16;
-        let words = scratch_words(self.problem.head_dim);
+        let words = scratch_words(self.problem.head_dim, self.tiles);
         workers.run(tasks, words, |scratch, task| {
             let task = TaskWork {
                 pass: self,
@@ -201,7 +207,8 @@ impl Work for TaskWork<'_, '_, '_> {
             format,
             pass,
             strides: Strides::new::<S, F>(problem.head_dim),
-            scratch: Scratch::new(scratch, problem.head_dim),
+            scratch: Scratch::new(scratch, problem.head_dim, pass.tiles),
+            packed: None,
         };
         for block in blocks_of(pass.blocks, task.batch, task.kv_head) {
             let keys = within(&block.keys, &task.key_rows);
@@ -226,6 +233,8 @@ struct Bands<'a, S, F> {
     pass: &'a Backward<'a>,
     strides: Strides,
     scratch: Scratch<'a>,
+    /// The group of query tiles of the band that is packed.
+    packed: Option<usize>,
 }
 
 impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
@@ -244,9 +253,10 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
             return;
         }
         let query_head = task.kv_head * self.pass.problem.group_size() + member;
-        self.load(task, (task.batch, query_head), queries);
-        for keys in tiles_in(*keys, KEY_TILE, reach) {
-            self.key_tile(task, weighting, queries, &keys);
+        let head = (task.batch, query_head);
+        self.load(head, queries);
+        for keys in tiles_in(*keys, self.pass.tiles.backward_keys(), reach) {
+            self.key_tile(task, head, weighting, queries, &keys);
         }
         if let Some(gradient) = &mut task.grad_query {
             let sums = self.scratch.grad_query.chunks_exact(self.strides.numbers);
@@ -257,9 +267,10 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
         }
     }
 
-    /// Packs the queries of a band, their output gradients, and what the forward pass left of them.
+    /// Loads what the forward pass left of the queries of a band; none of them is packed yet.
     #[inline(always)]
-    fn load(&mut self, task: &Task<'_>, head: (usize, usize), queries: &Rows) {
+    fn load(&mut self, head: (usize, usize), queries: &Rows) {
+        self.packed = None;
         let pass = self.pass;
         let scratch = &mut self.scratch;
         let first = (head.0 * pass.problem.query_heads + head.1) * pass.problem.queries;
@@ -274,19 +285,40 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
             }
         }
         scratch.grad_query[..queries.count * self.strides.numbers].fill(0.0);
-        let for_keys = task.grad_key_value.is_some();
-        for (tile, queries) in tiles(*queries, QUERY_TILE).enumerate() {
-            self.pack_queries(tile, pass.query, head, &queries, for_keys, false);
-            self.pack_queries(tile, pass.grad_output, head, &queries, for_keys, true);
-        }
     }
 
-    /// Packs a tile of queries or output gradients. Rows of queries that see nothing become 0: whatever is in them, NaN
+    /// Packs the queries and output gradients of the group of tiles that holds tile `tile` of a band, unless they are packed.
+    /// Returns the place of the tile in its group.
+    #[inline(always)]
+    fn pack_group(
+        &mut self,
+        tile: usize,
+        head: (usize, usize),
+        queries: &Rows,
+        for_keys: bool,
+    ) -> usize {
+        let pass = self.pass;
+        let size = pass.tiles.packed_queries(pass.problem.head_dim) / QUERY_TILE;
+        let group = tile / size;
+        if self.packed != Some(group) {
+            self.packed = Some(group);
+            let tiles = tiles(*queries, QUERY_TILE).enumerate();
+            for (tile, queries) in tiles.skip(group * size).take(size) {
+                let place = tile % size;
+                for (tensor, gradient) in [(pass.query, false), (pass.grad_output, true)] {
+                    self.pack_queries((tile, place), tensor, head, &queries, for_keys, gradient);
+                }
+            }
+        }
+        tile % size
+    }
+
+    /// Packs a tile of queries or output gradients at its place. Rows of queries that see nothing become 0: whatever is in them, NaN
     /// too, contributes nothing.
     #[inline(always)]
     fn pack_queries(
         &mut self,
-        tile: usize,
+        (tile, place): (usize, usize),
         tensor: HostTensor<'_>,
         head: (usize, usize),
         queries: &Rows,
@@ -319,7 +351,7 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
                 &mut *scratch.grad_output,
             ),
         };
-        let start = tile * QUERY_TILE * numbers;
+        let start = place * QUERY_TILE * numbers;
         transposed_panels(
             simd,
             staged,
@@ -339,6 +371,7 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
     fn key_tile(
         &mut self,
         task: &mut Task<'_>,
+        head: (usize, usize),
         weighting: &Weighting,
         queries: &Rows,
         keys: &Rows,
@@ -348,11 +381,13 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
         let used = keys.count * self.strides.numbers;
         scratch.grad_key[..used].fill(0.0);
         scratch.grad_value[..used].fill(0.0);
-        for (tile, queries) in tiles(*queries, QUERY_TILE).enumerate() {
-            if let Some(sight) = Sight::new(self.pass.problem.mask, F::DEPTH, &queries, keys) {
-                self.weights(tile, &sight, weighting);
-                if task.grad_key_value.is_some() {
-                    self.key_gradients(tile, &sight);
+        let for_keys = task.grad_key_value.is_some();
+        for (tile, of_tile) in tiles(*queries, QUERY_TILE).enumerate() {
+            if let Some(sight) = Sight::new(self.pass.problem.mask, F::DEPTH, &of_tile, keys) {
+                let place = self.pack_group(tile, head, queries, for_keys);
+                self.weights((tile, place), &sight, weighting);
+                if for_keys {
+                    self.key_gradients(place, &sight);
                 }
                 if task.grad_query.is_some() {
                     self.query_gradients(tile, &sight);
@@ -386,20 +421,21 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
         read_rows(format, pass.key, head, keys, head_dim, key_rows, words);
         read_rows(format, pass.value, head, keys, head_dim, value_rows, words);
         if for_queries {
-            let room = KEY_TILE / F::DEPTH;
+            let room = pass.tiles.backward_keys() / F::DEPTH;
             row_panels(self.simd, format, key_rows, words, keys.count, key, room);
         }
     }
 
     /// `S = K Q^T`, `P = exp(scale S - L)`, `dP = V dO^T`, `dS = P (dP - Delta)`, for the keys that are seen.
     #[inline(always)]
-    fn weights(&mut self, tile: usize, sight: &Sight<'_>, weighting: &Weighting) {
+    fn weights(&mut self, (tile, place): (usize, usize), sight: &Sight<'_>, weighting: &Weighting) {
         let Self {
             simd,
             format,
             strides,
             pass,
             ref mut scratch,
+            ..
         } = *self;
         let first = tile * QUERY_TILE;
         let start = sight.seen.start;
@@ -426,7 +462,7 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
                 stride: strides.words,
             };
             let right = Panels {
-                words: &panels[first * strides.numbers..],
+                words: &panels[place * QUERY_TILE * strides.numbers..],
                 room: strides.depth,
             };
             let out = Out {
@@ -463,7 +499,7 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
 
     /// `dV += P^T dO`, `dK += dS^T Q`
     #[inline(always)]
-    fn key_gradients(&mut self, tile: usize, sight: &Sight<'_>) {
+    fn key_gradients(&mut self, place: usize, sight: &Sight<'_>) {
         let Self {
             simd,
             format,
@@ -495,7 +531,7 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
                 stride: QUERY_TILE,
             };
             let right = Panels {
-                words: &panels[tile * QUERY_TILE * strides.numbers..],
+                words: &panels[place * QUERY_TILE * strides.numbers..],
                 room: QUERY_TILE / F::DEPTH,
             };
             let out = Out {
@@ -532,7 +568,7 @@ impl<S: Vectors, F: Format<S>> Bands<'_, S, F> {
         };
         let right = Panels {
             words: scratch.key,
-            room: KEY_TILE / F::DEPTH,
+            room: self.pass.tiles.backward_keys() / F::DEPTH,
         };
         let right = right.skip_rows::<S>(first_word);
         let out = Out {

@@ -18,8 +18,9 @@ use super::product::{DepthMajor, Old, Out, Panels, RowMajor, Size, multiply};
 use super::rows::{blocks_of, pieces, range_len, reach, tiles, tiles_in, within};
 use super::rows_mut::RowsMut;
 use super::scores::Weighting;
-use super::scratch::{Cut, HostTensor, KEY_TILE, QUERY_TILE, Strides, band, padded};
+use super::scratch::{Cut, HostTensor, KEY_TILE, QUERY_TILE, Strides, padded};
 use super::softmax::{RowState, Sight, online_softmax};
+use super::tiles::Tiles;
 use crate::{ForwardState, HeadBlocks, KernelError, KeyValue, Problem, Rows};
 
 /// Adds `blocks` to `state`; see [`Kernels::forward`](crate::Kernels::forward).
@@ -41,9 +42,11 @@ pub(super) fn forward(
         key,
         value,
         blocks,
+        tiles: workers.tiles,
     };
     let bf16 = query.data.dtype() == DType::BF16;
-    workers.run(tasks, scratch_words(problem.head_dim), |scratch, task| {
+    let words = scratch_words(problem.head_dim, workers.tiles);
+    workers.run(tasks, words, |scratch, task| {
         let task = TaskWork {
             pass: &pass,
             scratch,
@@ -133,8 +136,8 @@ impl<'a> Iterator for Tasks<'a> {
 }
 
 /// Words of the matrices of one thread, for every format.
-pub(super) const fn scratch_words(head_dim: usize) -> usize {
-    let (band, dim) = (band(head_dim), padded(head_dim));
+pub(super) const fn scratch_words(head_dim: usize, tiles: Tiles) -> usize {
+    let (band, dim) = (tiles.forward_band(head_dim), padded(head_dim));
     2 * band * dim
         + 2 * KEY_TILE * dim
         + KEY_TILE * dim
@@ -168,8 +171,8 @@ struct Scratch<'a> {
 }
 
 impl<'a> Scratch<'a> {
-    fn new(mut cut: Cut<'a>, head_dim: usize) -> Self {
-        let (band, dim) = (band(head_dim), padded(head_dim));
+    fn new(mut cut: Cut<'a>, head_dim: usize, tiles: Tiles) -> Self {
+        let (band, dim) = (tiles.forward_band(head_dim), padded(head_dim));
         Self {
             query: cut.next(band * dim),
             output: cut.next(band * dim),
@@ -192,6 +195,7 @@ struct Forward<'a> {
     key: HostTensor<'a>,
     value: HostTensor<'a>,
     blocks: &'a [HeadBlocks],
+    tiles: Tiles,
 }
 
 /// One task, and where to do it.
@@ -215,13 +219,14 @@ impl Work for TaskWork<'_, '_, '_> {
             format,
             pass,
             strides: Strides::new::<S, F>(problem.head_dim),
-            scratch: Scratch::new(scratch, problem.head_dim),
+            scratch: Scratch::new(scratch, problem.head_dim, pass.tiles),
         };
         let kv_head = task.query_head / problem.group_size();
         let head = (task.batch, task.query_head);
+        let band = pass.tiles.forward_band(problem.head_dim);
         for block in blocks_of(pass.blocks, task.batch, kv_head) {
             let weighting = Weighting::new(problem, head, block.branch);
-            for queries in tiles(within(&block.queries, &task.rows), band(problem.head_dim)) {
+            for queries in tiles(within(&block.queries, &task.rows), band) {
                 bands.band(&mut task, &weighting, &queries, &block.keys);
             }
         }

@@ -22,19 +22,23 @@ mod scratch;
 mod softmax;
 mod tanh;
 mod threads;
+mod tiles;
 
 #[cfg(all(test, unix))]
 mod guard_pages;
+#[cfg(test)]
+mod levels;
 #[cfg(test)]
 mod tests;
 
 use std::sync::Arc;
 
-use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
+use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView, PoolStatistics};
 
 pub use self::instruction_set::{INSTRUCTION_SET_VARIABLE, InstructionSet};
 use self::scratch::{Cut, Pool};
 use self::threads::Threads;
+use self::tiles::Tiles;
 use crate::{
     BackwardInputs, ForwardState, HeadBlocks, KernelError, Kernels, KeyValue, KeyValueGradient,
     PackedRows, Problem, Tensor, TensorShape,
@@ -49,7 +53,8 @@ use crate::{
 /// are divided among threads, and heads that interleave are refused.
 ///
 /// Memory beside the arguments: [`CpuKernels::scratch_bytes`], whatever the number of rows. It is allocated by the first
-/// [`forward`](Kernels::forward) or [`backward`](Kernels::backward) and kept for later ones.
+/// [`forward`](Kernels::forward) or [`backward`](Kernels::backward) and kept for later ones, unless there is a
+/// [limit](CpuKernels::with_scratch_limit), until it is [released](Kernels::release_memory).
 #[derive(Clone, Debug)]
 pub struct CpuKernels {
     workers: Arc<Workers>,
@@ -74,14 +79,42 @@ impl CpuKernels {
         threads: usize,
         instruction_set: InstructionSet,
     ) -> Result<Self, KernelError> {
+        let threads = Threads::new(threads)?;
         let workers = Workers {
             instruction_set: instruction_set.checked()?,
-            threads: Threads::new(threads)?,
-            scratch: Pool::default(),
+            level: 0,
+            tiles: Tiles::FASTEST,
+            threads_at_once: threads.count(),
+            threads,
+            scratch: Arc::default(),
         };
         Ok(Self {
             workers: Arc::new(workers),
         })
+    }
+
+    /// Kernels on the same threads, with scratch memory of their own, of which they keep at most `bytes` between calls. With
+    /// less than [`scratch_bytes`](Self::scratch_bytes) every call allocates.
+    #[must_use]
+    pub fn with_scratch_limit(&self, bytes: usize) -> Self {
+        let workers = Workers {
+            scratch: Arc::new(Pool::with_limit(bytes)),
+            ..Workers::clone(&self.workers)
+        };
+        Self {
+            workers: Arc::new(workers),
+        }
+    }
+
+    /// What the scratch memory has been used for. Clones, and kernels that need
+    /// [less memory](Kernels::with_less_memory), share it.
+    pub fn scratch_statistics(&self) -> PoolStatistics {
+        self.workers.scratch.statistics()
+    }
+
+    /// How much is saved: the `level` that [`with_less_memory`](Kernels::with_less_memory) was given, or 0.
+    pub fn memory_level(&self) -> u32 {
+        self.workers.level
     }
 
     /// Number of threads that compute.
@@ -94,31 +127,62 @@ impl CpuKernels {
         self.workers.instruction_set
     }
 
-    /// Bytes of scratch memory that `threads` threads hold once they have computed a backward pass; a forward pass needs
-    /// less. Per thread about 0.6 MiB for head size 64, 1.1 MiB for 128, 1.5 MiB for 256.
+    /// Bytes of scratch memory that `threads` threads hold once they have computed a backward pass. Per thread about 0.6 MiB for
+    /// head size 64, 1.1 MiB for 128, 1.4 MiB for 256.
     pub const fn scratch_bytes(head_dim: usize, threads: usize) -> usize {
-        let (forward, backward) = (
-            forward::scratch_words(head_dim),
-            backward::scratch_words(head_dim),
-        );
-        let words = if forward > backward {
-            forward
-        } else {
-            backward
-        };
-        threads * scratch::bytes(words)
+        threads * scratch::bytes(scratch_words(head_dim, Tiles::FASTEST))
+    }
+
+    /// Bytes of scratch memory that `threads` threads hold if they have computed forward passes only: about half of
+    /// [`scratch_bytes`](Self::scratch_bytes).
+    pub const fn forward_scratch_bytes(head_dim: usize, threads: usize) -> usize {
+        threads * scratch::bytes(forward::scratch_words(head_dim, Tiles::FASTEST))
+    }
+
+    /// Bytes of scratch memory that these kernels hold once they have computed a backward pass;
+    /// [`scratch_bytes`](Self::scratch_bytes) of all threads at level 0, less at [others](Kernels::with_less_memory).
+    pub fn scratch_bytes_at_level(&self, head_dim: usize) -> usize {
+        let words = scratch_words(head_dim, self.workers.tiles);
+        self.workers.threads_at_once * scratch::bytes(words)
+    }
+}
+
+/// Words that a thread needs for either pass.
+const fn scratch_words(head_dim: usize, tiles: Tiles) -> usize {
+    let forward = forward::scratch_words(head_dim, tiles);
+    let backward = backward::scratch_words(head_dim, tiles);
+    if forward > backward {
+        forward
+    } else {
+        backward
     }
 }
 
 /// Who computes, how, and where.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Workers {
     instruction_set: InstructionSet,
     threads: Threads,
-    scratch: Pool,
+    /// Threads that may hold scratch memory at the same time.
+    threads_at_once: usize,
+    scratch: Arc<Pool>,
+    tiles: Tiles,
+    level: u32,
 }
 
 impl Workers {
+    /// Workers that need less memory. Tiles become smaller first; from there on, every level halves how many threads work at once.
+    fn at_level(&self, level: u32) -> Option<Self> {
+        let halvings = level.saturating_sub(Tiles::LAST_LEVEL);
+        let threads_at_once = self.threads.count().checked_shr(halvings).unwrap_or(0);
+        (threads_at_once > 0).then(|| Self {
+            level,
+            tiles: Tiles::at_level(level),
+            threads_at_once,
+            ..self.clone()
+        })
+    }
+
     /// Does every task once, with scratch memory of `words` words.
     fn run<T: Send>(
         &self,
@@ -128,7 +192,9 @@ impl Workers {
     ) -> Result<(), KernelError> {
         let scratch = || self.scratch.borrow(words);
         self.threads
-            .run(tasks, scratch, |scratch, task| work(scratch.cut(), task))
+            .run_on(self.threads_at_once, tasks, scratch, |scratch, task| {
+                work(scratch.cut(), task)
+            })
     }
 }
 
@@ -263,5 +329,17 @@ impl Kernels<HostBuffer> for CpuKernels {
             HostBuffer::F32(values) => memory::round(&self.workers.threads, values, dtype),
             _ => unreachable!("the element type was checked"),
         }
+    }
+
+    /// Levels 1 and 2 compute on smaller tiles, in about a half and two fifths of the scratch memory; every further level halves the number of
+    /// threads that work at once, down to 1.
+    fn with_less_memory(&self, level: u32) -> Option<Self> {
+        let workers = Arc::new(self.workers.at_level(level)?);
+        Some(Self { workers })
+    }
+
+    fn release_memory(&self) -> Result<(), KernelError> {
+        self.workers.scratch.release();
+        Ok(())
     }
 }

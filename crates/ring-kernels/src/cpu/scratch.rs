@@ -1,9 +1,9 @@
 //! Tiles and the memory they are computed in.
 
 use std::mem;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use ring_comm::buffer::{HostBuffer, HostView};
+use ring_comm::buffer::{HostBuffer, HostView, PoolStatistics};
 
 use super::format::Format;
 use super::format::Vectors;
@@ -75,27 +75,95 @@ impl Strides {
 }
 
 /// Scratch memory that outlives the calls: a thread borrows a piece for a call and gives it back.
+#[derive(Debug)]
+pub(super) struct Pool {
+    store: Mutex<Store>,
+    /// The most bytes to keep.
+    limit: usize,
+}
+
 #[derive(Debug, Default)]
-pub(super) struct Pool(Mutex<Vec<Vec<f32>>>);
+struct Store {
+    pieces: Vec<Vec<f32>>,
+    statistics: PoolStatistics,
+}
+
+impl Default for Pool {
+    /// A pool that keeps all that comes back.
+    fn default() -> Self {
+        Self::with_limit(usize::MAX)
+    }
+}
 
 impl Pool {
+    /// A pool that keeps at most `limit` bytes of what is not lent.
+    pub(super) fn with_limit(limit: usize) -> Self {
+        Self {
+            store: Mutex::default(),
+            limit,
+        }
+    }
+
     /// Memory of at least `len` words, contents arbitrary.
     pub(super) fn borrow(&self, len: usize) -> Result<Scratch<'_>, KernelError> {
-        let mut memory = self.pieces().pop().unwrap_or_default();
-        let needed = len + LINE;
-        if memory.len() < needed {
-            memory.clear();
-            memory
-                .try_reserve_exact(needed)
-                .map_err(|_| KernelError::Allocation { bytes: bytes(len) })?;
-            memory.resize(needed, 0.0);
-        }
+        let needed = len.saturating_add(LINE);
+        // Not within the match, which would hold the lock.
+        let kept = self.store().reuse(needed);
+        let memory = match kept {
+            Some(memory) => memory,
+            None => self.allocate(needed)?,
+        };
         Ok(Scratch { memory, pool: self })
     }
 
-    fn pieces(&self) -> std::sync::MutexGuard<'_, Vec<Vec<f32>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Gives back to the system what is not lent.
+    pub(super) fn release(&self) {
+        let mut store = self.store();
+        let kept = store.statistics.kept_bytes;
+        store.statistics.release(kept);
+        // The lists too: nothing is kept.
+        store.pieces = Vec::new();
     }
+
+    pub(super) fn statistics(&self) -> PoolStatistics {
+        self.store().statistics
+    }
+
+    fn allocate(&self, words: usize) -> Result<Vec<f32>, KernelError> {
+        let mut memory = Vec::new();
+        memory
+            .try_reserve_exact(words)
+            .map_err(|_| KernelError::Allocation {
+                bytes: words.saturating_mul(size_of::<f32>()),
+            })?;
+        memory.resize(words, 0.0);
+        self.store().statistics.allocate(byte_len(&memory));
+        Ok(memory)
+    }
+
+    /// The store is sound after a panic too, because no change to it is left half done; so lock poisoning is ignored.
+    fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Store {
+    /// A piece of at least `words` words. One that is too small is released in favour of the one that will be allocated.
+    fn reuse(&mut self, words: usize) -> Option<Vec<f32>> {
+        self.statistics.borrows += 1;
+        let memory = self.pieces.pop()?;
+        let bytes = byte_len(&memory);
+        if memory.len() < words {
+            self.statistics.release(bytes);
+            return None;
+        }
+        self.statistics.reuse(bytes);
+        Some(memory)
+    }
+}
+
+fn byte_len(memory: &[f32]) -> usize {
+    size_of_val(memory)
 }
 
 /// Bytes that [`Pool::borrow`] allocates for `len` words.
@@ -110,12 +178,6 @@ pub(super) struct Scratch<'a> {
 }
 
 impl Scratch<'_> {
-    /// Bytes that were really allocated.
-    #[cfg(test)]
-    pub(super) fn allocated(&self) -> usize {
-        self.memory.capacity() * size_of::<f32>()
-    }
-
     /// All of it, to be cut into matrices.
     pub(super) fn cut(&mut self) -> Cut<'_> {
         // `align_offset` may give up and return `usize::MAX`; memory that is not aligned is only slower.
@@ -130,7 +192,14 @@ impl Scratch<'_> {
 
 impl Drop for Scratch<'_> {
     fn drop(&mut self) {
-        self.pool.pieces().push(mem::take(&mut self.memory));
+        let memory = mem::take(&mut self.memory);
+        let mut store = self.pool.store();
+        if store
+            .statistics
+            .take_back(byte_len(&memory), self.pool.limit)
+        {
+            store.pieces.push(memory);
+        }
     }
 }
 
@@ -152,7 +221,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_is_reused_aligned_and_grows() {
+    fn memory_is_reused_aligned_and_makes_place_for_larger() {
         let pool = Pool::default();
         let mut scratch = pool.borrow(64).unwrap();
         let mut cut = scratch.cut();
@@ -160,16 +229,47 @@ mod tests {
         assert_eq!(first.as_ptr().align_offset(64), 0);
         assert_eq!(second.as_ptr().align_offset(64), 0);
         drop(scratch);
-        let address = |pool: &Pool, len| pool.borrow(len).unwrap().memory.as_ptr().addr();
-        let before = address(&pool, 64);
-        assert_eq!(address(&pool, 16), before);
-        assert_eq!(pool.pieces().len(), 1);
+        let address = |len| pool.borrow(len).unwrap().memory.as_ptr().addr();
+        let before = address(64);
+        assert_eq!(address(16), before);
+        assert_eq!(pool.store().pieces.len(), 1);
         assert!(pool.borrow(1 << 16).unwrap().cut().0.len() >= 1 << 16);
-        assert_eq!(pool.pieces().len(), 1);
-        assert!(matches!(
-            pool.borrow(1 << 60),
-            Err(KernelError::Allocation { .. })
-        ));
+        assert_eq!(pool.store().pieces.len(), 1);
+        assert_eq!(pool.statistics().released_bytes, bytes(64) as u64);
+        for len in [1 << 60, usize::MAX] {
+            assert!(matches!(
+                pool.borrow(len),
+                Err(KernelError::Allocation { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn statistics_tell_what_was_lent_and_what_is_kept() {
+        let pool = Pool::with_limit(bytes(100) + bytes(50));
+        let lent = [100, 50, 20].map(|len| pool.borrow(len).unwrap());
+        let most = bytes(100) + bytes(50) + bytes(20);
+        assert_eq!(pool.statistics().lent_bytes, most);
+        lent.into_iter().for_each(drop);
+        drop(pool.borrow(10).unwrap());
+        let expected = PoolStatistics {
+            kept_bytes: bytes(100) + bytes(50),
+            lent_bytes: 0,
+            most_lent_bytes: most,
+            borrows: 4,
+            reuses: 1,
+            allocations: 3,
+            released_bytes: bytes(20) as u64,
+        };
+        assert_eq!(pool.statistics(), expected);
+        pool.release();
+        let expected = PoolStatistics {
+            kept_bytes: 0,
+            released_bytes: most as u64,
+            ..expected
+        };
+        assert_eq!(pool.statistics(), expected);
+        assert!(pool.store().pieces.is_empty());
     }
 
     #[test]

@@ -3,8 +3,7 @@
 use proptest::prelude::*;
 use ring_comm::buffer::{Buffer, DType, HostBuffer, HostView};
 
-use super::scratch::{self, Pool};
-use super::{CpuKernels, InstructionSet, backward, forward};
+use super::{CpuKernels, InstructionSet};
 use crate::judge::*;
 use crate::*;
 
@@ -794,21 +793,6 @@ fn results_are_rounded_to_the_asked_type() {
         kernels.round(HostBuffer::zeros(DType::F16, 1), DType::F16),
         Err(KernelError::DType { .. })
     ));
-}
-
-#[test]
-fn scratch_is_as_large_as_it_says() {
-    for head_dim in [1, 64, 96, 256, 300] {
-        let pool = Pool::default();
-        let words = backward::scratch_words(head_dim);
-        assert!(words >= forward::scratch_words(head_dim));
-        assert_eq!(
-            CpuKernels::scratch_bytes(head_dim, 2),
-            2 * scratch::bytes(words)
-        );
-        let borrowed = pool.borrow(words).unwrap();
-        assert_eq!(borrowed.allocated(), scratch::bytes(words));
-    }
 }
 
 #[test]

@@ -48,6 +48,17 @@ impl Threads {
         scratch: impl Fn() -> Result<S, KernelError> + Sync,
         work: impl Fn(&mut S, T) + Sync,
     ) -> Result<(), KernelError> {
+        self.run_on(self.count(), tasks, scratch, work)
+    }
+
+    /// As [`run`](Self::run), on at most `most` threads at a time.
+    pub(super) fn run_on<T: Send, S>(
+        &self,
+        most: usize,
+        tasks: impl Iterator<Item = T> + Send,
+        scratch: impl Fn() -> Result<S, KernelError> + Sync,
+        work: impl Fn(&mut S, T) + Sync,
+    ) -> Result<(), KernelError> {
         let queue = Mutex::new(tasks);
         let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
         let work_off = || {
@@ -62,7 +73,7 @@ impl Threads {
         match self {
             Threads::Caller => work_off(),
             Threads::Pool(pool) => {
-                pool.install(|| on_threads(pool.current_num_threads(), &work_off))
+                pool.install(|| on_threads(pool.current_num_threads().min(most), &work_off))
             }
         }
     }

@@ -189,4 +189,10 @@ impl Kernels<CubeBuffer> for CubeKernels {
     fn round(&self, buffer: CubeBuffer, dtype: DType) -> Result<CubeBuffer, KernelError> {
         elements::round(&self.launcher, buffer, dtype)
     }
+
+    /// Has the device's memory pools give back what nobody uses, as far as they do: also that of others who compute there.
+    fn release_memory(&self) -> Result<(), KernelError> {
+        let client = self.launcher.device.client();
+        client.memory_cleanup().map_err(buffer::device_error)
+    }
 }

@@ -42,7 +42,7 @@ fn deliver(ranks: &mut [State<HostBuffer>], rank: Rank) {
                 expected,
                 memory,
             } => {
-                let buffer = host_room_for(expected, memory);
+                let buffer = host_room_for(expected, memory).unwrap();
                 ranks[rank].received(peer, sequence, buffer, Instant::now());
             }
         }
