@@ -5,7 +5,8 @@ use burn::{
     module::{Flag, Module, Param},
     tensor::Tensor,
 };
-use ring_core::{HeadOffsets, Mixing, Pattern};
+use ring_comm::buffer::DType;
+use ring_core::{HeadOffsets, Mixing, Pattern, Shape};
 
 use crate::{
     computation::Attention,
@@ -203,6 +204,15 @@ macro_rules! attention_module {
             /// The pattern: which keys every query attends to.
             pub fn pattern(&self) -> &Pattern {
                 self.attention.pattern()
+            }
+
+            /// How this attention, of f32 tensors of such heads, is divided among the ranks of a ring, and why: in plain words, with
+            /// what other strategies would cost.
+            ///
+            /// # Errors
+            /// [`RingError::Spec`] for a computation that is not possible, or a strategy that cannot serve.
+            pub fn explain(&self, shape: Shape, ring: &Ring) -> Result<String, RingError> {
+                self.attention.explain(shape, DType::F32, ring)
             }
 
             /// Attention of this rank's queries to all keys of the group.

@@ -60,6 +60,28 @@ impl Attention {
         }
     }
 
+    /// The computation, as yet undivided.
+    fn spec(
+        &self,
+        shape: Shape,
+        dtype: buffer::DType,
+        drops: bool,
+        ring: &Ring,
+    ) -> Result<AttentionSpec, RingError> {
+        let spec = AttentionSpec::new(self.pattern.clone(), shape, 0)?.with_dtype(dtype);
+        ring.spec(self.scores.of(spec, drops)?)
+    }
+
+    /// How the ring divides this attention of tensors of a shape, and why.
+    pub(crate) fn explain(
+        &self,
+        shape: Shape,
+        dtype: buffer::DType,
+        ring: &Ring,
+    ) -> Result<String, RingError> {
+        ring.explain(&self.spec(shape, dtype, false, ring)?)
+    }
+
     /// Checks the tensors and plans the computation.
     fn job(
         &self,
@@ -81,8 +103,7 @@ impl Attention {
         let dtype = element_type(&named)?;
         let shape = shape_of(query, key, value, ring)?;
         let drops = training && autodiff;
-        let spec = AttentionSpec::new(self.pattern.clone(), shape, 0)?.with_dtype(dtype);
-        let spec = ring.spec(self.scores.of(spec, drops)?)?;
+        let spec = ring.divided(self.spec(shape, dtype, drops, ring)?)?;
         let seed = self.scores.seed(&spec, ring)?;
         let plan = ring.plan(&spec)?;
         Ok(Job::new(ring.clone(), plan, seed))

@@ -7,8 +7,8 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use ring_burn::{
-    DilatedAttention, DilatedAttentionConfig, HeadOffsets, Mixing, Ring, RingAttention,
-    RingAttentionConfig, RingError, alibi_slopes,
+    DilatedAttention, DilatedAttentionConfig, HeadOffsets, HilbertOrder, Mixing, Ring,
+    RingAttention, RingAttentionConfig, RingError, Shape, alibi_slopes, shard_cells,
 };
 
 use crate::{dropout::PositionDropout, factory::AttentionKind, rotary::Rotary};
@@ -65,6 +65,8 @@ pub struct MultiheadDilatedAttentionConfig {
     /// How branches are mixed.
     #[config(default = "Mixing::LongNet")]
     pub mixing: Mixing,
+    /// The grid whose tokens the sequence holds in the order of its Hilbert curve: rotary positions are then those of the cells.
+    pub grid: Option<HilbertOrder>,
 }
 
 impl MultiheadDilatedAttentionConfig {
@@ -85,7 +87,7 @@ impl MultiheadDilatedAttentionConfig {
     /// [`RingError::Pattern`] for bad lists; [`RingError::Window`] and [`RingError::Spec`] as
     /// [`RingAttentionConfig::try_init`](ring_burn::RingAttentionConfig::try_init).
     pub fn try_init(&self, device: &Device) -> Result<MultiheadDilatedAttention, RingError> {
-        self.init_kind(AttentionKind::Auto, device)
+        self.init_kind(AttentionKind::Ring, device)
     }
 
     pub(crate) fn init_kind(
@@ -94,6 +96,10 @@ impl MultiheadDilatedAttentionConfig {
         device: &Device,
     ) -> Result<MultiheadDilatedAttention, RingError> {
         let kv_heads = self.check()?;
+        if kind == AttentionKind::Hilbert && self.grid.is_none() {
+            let message = "attention of kind hilbert needs the grid in its configuration";
+            return Err(RingError::Value(message.into()));
+        }
         let head_dim = self.embed_dim / self.num_heads;
         let kv_dim = kv_heads * head_dim;
         let linear = |output: usize| {
@@ -115,6 +121,7 @@ impl MultiheadDilatedAttentionConfig {
             num_kv_heads: kv_heads,
             head_dim,
             rotary_base: self.rotary_base,
+            grid: self.grid.clone(),
             kind,
         })
     }
@@ -229,6 +236,8 @@ pub struct MultiheadDilatedAttention {
     head_dim: usize,
     rotary_base: Option<f64>,
     #[module(skip)]
+    grid: Option<HilbertOrder>,
+    #[module(skip)]
     kind: AttentionKind,
 }
 
@@ -245,11 +254,36 @@ impl MultiheadDilatedAttention {
         self.kind
     }
 
-    /// The rotary table of this rank's positions, if the module has rotary positions. Layers of the same head size can share
-    /// one.
-    pub fn rotary(&self, ring: &Ring, device: &Device) -> Option<Rotary> {
-        let positions: Vec<i64> = ring.positions().iter().map(|&at| at as i64).collect();
-        self.rotary_at(&positions, device)
+    /// The rotary table of this rank's positions, or of its cells of the grid, if the module has rotary positions. Layers of the
+    /// same head size can share one.
+    ///
+    /// # Errors
+    /// [`RingError::Shape`] for a grid of another number of cells than there are positions.
+    pub fn rotary(&self, ring: &Ring, device: &Device) -> Result<Option<Rotary>, RingError> {
+        let positions = match &self.grid {
+            Some(grid) => shard_cells(grid, ring)?,
+            None => ring.positions(),
+        };
+        let positions: Vec<i64> = positions.iter().map(|&at| at as i64).collect();
+        Ok(self.rotary_at(&positions, device))
+    }
+
+    /// How attention of a batch of so many entries is divided among the ranks, and why, in plain words.
+    ///
+    /// # Errors
+    /// [`RingError`] for a computation that is not possible, or a strategy that cannot serve.
+    pub fn explain(&self, batch: usize, ring: &Ring) -> Result<String, RingError> {
+        let shape = Shape {
+            batch,
+            query_heads: self.num_heads,
+            kv_heads: self.num_kv_heads,
+            head_dim: self.head_dim,
+        };
+        let ring = self.kind.on(ring)?;
+        match &self.attention {
+            Attention::Full(attention) => attention.explain(shape, &ring),
+            Attention::Dilated(attention) => attention.explain(shape, &ring),
+        }
     }
 
     /// The rotary table of positions of one's own, one for each of this rank's rows: of tokens that stand elsewhere in the
@@ -277,7 +311,7 @@ impl MultiheadDilatedAttention {
     /// # Errors
     /// [`RingError`] for an input that does not fit the shard or the module, and for a failed exchange.
     pub fn try_forward(&self, input: Tensor<3>, ring: &Ring) -> Result<Tensor<3>, RingError> {
-        let rotary = self.rotary(ring, &input.device());
+        let rotary = self.rotary(ring, &input.device())?;
         self.try_forward_rotated(input, rotary.as_ref(), ring)
     }
 
@@ -306,9 +340,10 @@ impl MultiheadDilatedAttention {
         let value = heads(self.value.forward(input), self.num_kv_heads);
         // The kernels read strided rows: no copy for the swapped dimensions.
         let [query, key, value] = [query, key, value].map(|tensor| tensor.swap_dims(1, 2));
+        let on = self.kind.on(ring)?;
         let attended = match &self.attention {
-            Attention::Full(attention) => attention.try_forward(query, key, value, ring)?,
-            Attention::Dilated(attention) => attention.try_forward(query, key, value, ring)?,
+            Attention::Full(attention) => attention.try_forward(query, key, value, &on)?,
+            Attention::Dilated(attention) => attention.try_forward(query, key, value, &on)?,
         };
         let attended = attended.swap_dims(1, 2).reshape([batch, rows, embed_dim]);
         let attended = match &self.norm {
@@ -344,7 +379,7 @@ impl MultiheadDilatedAttention {
                     .into(),
             ));
         }
-        self.kind.check(ring)
+        self.kind.on(ring).map(drop)
     }
 }
 
