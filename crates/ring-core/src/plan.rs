@@ -473,7 +473,7 @@ fn runs_in(piece: &Piece, pairs: &[Vec<SegmentPairs>]) -> Vec<Progression> {
 }
 
 /// A progression of positions as rows of the piece that holds them.
-fn rows_of(piece: &Piece, positions: Progression) -> Rows {
+pub(crate) fn rows_of(piece: &Piece, positions: Progression) -> Rows {
     let first = positions.first().expect("pruned sets are never empty");
     Rows {
         first_row: piece.row(first),
