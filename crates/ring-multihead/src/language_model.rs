@@ -115,10 +115,10 @@ impl LongNetConfig {
 /// A causal language model that reads token `i` at position `i` and predicts token `i + 1`, its sequence sharded over ranks.
 #[derive(Module, Debug)]
 pub struct LongNet {
-    embedding: Embedding,
-    blocks: Vec<LongNetBlock>,
-    norm: LayerNorm,
-    head: Linear,
+    pub(crate) embedding: Embedding,
+    pub(crate) blocks: Vec<LongNetBlock>,
+    pub(crate) norm: LayerNorm,
+    pub(crate) head: Linear,
 }
 
 impl LongNet {
