@@ -3,14 +3,17 @@
 mod error;
 mod growth;
 mod rows;
-
-use std::hash::Hasher;
+mod terms;
 
 use ring_comm::{CommError, Communicator, Rank, buffer::HostBuffer, checksum::Fnv1a};
 use ring_kernels::{Block, HeadBlocks, Kernels, KeyValue, Problem, Tensor};
 
 pub use self::error::CacheError;
-use self::{growth::Growth, rows::GrowingRows};
+use self::{
+    growth::Growth,
+    rows::GrowingRows,
+    terms::{checksum, fields},
+};
 use crate::{
     error::Error,
     pattern::MAX_LENGTH,
@@ -83,7 +86,7 @@ impl KeyValueCache {
 
     /// Knows its rows of the prompt, but does not have them.
     fn empty(spec: AttentionSpec, rank: Rank) -> Result<Self, Error> {
-        check(&spec)?;
+        error::check(&spec)?;
         let ranks = spec.world_size;
         if rank >= ranks {
             return Err(SpecError::Rank {
@@ -367,41 +370,4 @@ impl KeyValueCache {
         }
         Ok(())
     }
-}
-
-/// Refuses what later tokens could not go on with.
-fn check(spec: &AttentionSpec) -> Result<(), CacheError> {
-    let unsupported = [
-        (spec.documents.is_some(), "documents"),
-        (spec.key_lengths.is_some(), "key lengths (padding)"),
-        (
-            spec.query_length != spec.key_length
-                || spec.query_sharding != spec.key_sharding
-                || spec.query_offset != 0,
-            "cross-attention",
-        ),
-    ];
-    if !spec.pattern.is_causal() {
-        return Err(CacheError::NotCausal);
-    }
-    match unsupported.iter().find(|(given, _)| *given) {
-        Some(&(_, what)) => Err(CacheError::Unsupported(what)),
-        None => Ok(()),
-    }
-}
-
-/// What must be the same on all ranks from the prompt on.
-fn fields(spec: &AttentionSpec, chunk: usize) -> Vec<(String, String)> {
-    let mut fields = spec.fields();
-    fields.push(("chunk of new tokens".to_string(), chunk.to_string()));
-    fields
-}
-
-fn checksum(fields: &[(String, String)]) -> u64 {
-    let mut hasher = Fnv1a::default();
-    for (name, value) in fields {
-        hasher.write(name.as_bytes());
-        hasher.write(value.as_bytes());
-    }
-    hasher.finish()
 }

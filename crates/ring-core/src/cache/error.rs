@@ -2,6 +2,8 @@
 
 use thiserror::Error;
 
+use crate::spec::AttentionSpec;
+
 /// A key/value cache that does not fit what it is asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum CacheError {
@@ -40,4 +42,25 @@ pub enum CacheError {
     /// A decoding failed before, so that nobody knows which tokens the ranks hold.
     #[error("an earlier decoding with this cache failed: start again with a new one")]
     Failed,
+}
+
+/// Refuses what later tokens could not go on with.
+pub(super) fn check(spec: &AttentionSpec) -> Result<(), CacheError> {
+    let unsupported = [
+        (spec.documents.is_some(), "documents"),
+        (spec.key_lengths.is_some(), "key lengths (padding)"),
+        (
+            spec.query_length != spec.key_length
+                || spec.query_sharding != spec.key_sharding
+                || spec.query_offset != 0,
+            "cross-attention",
+        ),
+    ];
+    if !spec.pattern.is_causal() {
+        return Err(CacheError::NotCausal);
+    }
+    match unsupported.iter().find(|(given, _)| *given) {
+        Some(&(_, what)) => Err(CacheError::Unsupported(what)),
+        None => Ok(()),
+    }
 }
