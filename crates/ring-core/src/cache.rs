@@ -5,7 +5,7 @@ mod growth;
 mod rows;
 mod terms;
 
-use ring_comm::{CommError, Communicator, Rank, buffer::HostBuffer, checksum::Fnv1a};
+use ring_comm::{CommError, Communicator, Rank, buffer::HostBuffer};
 use ring_kernels::{Block, HeadBlocks, Kernels, KeyValue, Problem, Tensor};
 
 pub use self::error::CacheError;
