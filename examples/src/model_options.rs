@@ -8,6 +8,7 @@ use crate::{command_line::Failure, pattern_options::Window};
 
 /// What kind of LongNet the model is.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Model")]
 pub struct ModelOptions {
     /// Segment lengths of the branches
     #[arg(long, value_delimiter = ',', default_value = "512,1024,2048")]

@@ -15,12 +15,13 @@ use crate::{
 
 /// Continue a text with a model that `train` has saved, byte by byte.
 ///
-/// The prompt is computed as in training, its sequence sharded over the ranks. Each byte after it is attended to all before it, whose keys
-/// and values every rank keeps its share of, and printed as it comes. A line about the time follows on standard error.
+/// The prompt is computed as in training, its sequence sharded over the ranks. Each byte after it is attended to all before it, whose
+/// keys and values every rank keeps its share of, and printed as it comes. The options of the model must be those that `train` was given.
+/// A line about the time follows on standard error.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "generate", version, after_help = EXAMPLES)]
 pub struct Options {
-    /// What kind of model was trained; give the same options as to `train`
+    /// What kind of model was trained.
     #[command(flatten)]
     pub model: ModelOptions,
 
