@@ -43,6 +43,7 @@
 //! with [`sum_gradients`]; the `train` feature has a burn-train strategy that does so ([`RingStrategy`]).
 
 mod attention;
+mod cache;
 mod computation;
 mod error;
 mod gradient;
@@ -57,6 +58,7 @@ mod strategy;
 pub use attention::{
     AttentionOutput, DilatedAttention, DilatedAttentionConfig, RingAttention, RingAttentionConfig,
 };
+pub use cache::KeyValueCache;
 pub use error::RingError;
 pub use gradient::{parameter_checksum, sum_gradients};
 pub use hilbert::{from_hilbert_order, shard_cells, to_hilbert_order};

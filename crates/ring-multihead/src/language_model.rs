@@ -115,11 +115,11 @@ impl LongNetConfig {
 /// A causal language model that reads token `i` at position `i` and predicts token `i + 1`, its sequence sharded over ranks.
 #[derive(Module, Debug)]
 pub struct LongNet {
-    embedding: Embedding,
+    pub(crate) embedding: Embedding,
     /// The blocks, first to last.
     pub blocks: Vec<LongNetBlock>,
-    norm: LayerNorm,
-    head: Linear,
+    pub(crate) norm: LayerNorm,
+    pub(crate) head: Linear,
 }
 
 impl LongNet {

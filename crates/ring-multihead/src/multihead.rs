@@ -7,8 +7,8 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use ring_burn::{
-    DilatedAttention, DilatedAttentionConfig, HeadOffsets, HilbertOrder, Mixing, Ring,
-    RingAttention, RingAttentionConfig, RingError, Shape, alibi_slopes, shard_cells,
+    DilatedAttention, DilatedAttentionConfig, HeadOffsets, HilbertOrder, KeyValueCache, Mixing,
+    Ring, RingAttention, RingAttentionConfig, RingError, Shape, alibi_slopes, shard_cells,
 };
 
 use crate::{dropout::PositionDropout, factory::AttentionKind, rotary::Rotary};
@@ -326,8 +326,82 @@ impl MultiheadDilatedAttention {
         ring: &Ring,
     ) -> Result<Tensor<3>, RingError> {
         self.check(&input, ring)?;
-        let [batch, rows, embed_dim] = input.dims();
-        check_positions(rotary, rows)?;
+        check_positions(rotary, input.dims()[1])?;
+        let [query, key, value] = self.project(input, rotary);
+        let on = self.kind.on(ring)?;
+        let attended = match &self.attention {
+            Attention::Full(attention) => attention.try_forward(query, key, value, &on)?,
+            Attention::Dilated(attention) => attention.try_forward(query, key, value, &on)?,
+        };
+        Ok(self.dropout.forward(self.conclude(attended), ring))
+    }
+
+    /// [`try_forward_rotated`](Self::try_forward_rotated) on a prompt, whose keys and values go to a new cache. Without gradients or
+    /// dropout.
+    ///
+    /// # Errors
+    /// As [`try_forward`](Self::try_forward), and as [`RingAttention::try_prefill`].
+    pub fn try_prefill(
+        &self,
+        input: Tensor<3>,
+        rotary: Option<&Rotary>,
+        ring: &Ring,
+        cache: &mut KeyValueCache,
+    ) -> Result<Tensor<3>, RingError> {
+        self.check(&input, ring)?;
+        check_positions(rotary, input.dims()[1])?;
+        let [query, key, value] = self.project(input, rotary);
+        let on = self.kind.on(ring)?;
+        let attended = match &self.attention {
+            Attention::Full(attention) => attention.try_prefill(query, key, value, &on, cache)?,
+            Attention::Dilated(attention) => {
+                attention.try_prefill(query, key, value, &on, cache)?
+            }
+        };
+        Ok(self.conclude(attended))
+    }
+
+    /// Attention of the next tokens to all before them: what [`try_forward`](Self::try_forward) on the whole sequence would give, to
+    /// rounding. `rotary` is that of their positions ([`rotary_at`](Self::rotary_at)).
+    ///
+    /// # Shapes
+    /// - input, output: `[batch, tokens, embed_dim]`, the same on all ranks
+    ///
+    /// # Errors
+    /// [`RingError::Shape`] for another size of vectors; else as [`RingAttention::try_decode`].
+    pub fn try_decode(
+        &self,
+        input: Tensor<3>,
+        rotary: Option<&Rotary>,
+        ring: &Ring,
+        cache: &mut KeyValueCache,
+    ) -> Result<Tensor<3>, RingError> {
+        let embed_dim = self.num_heads * self.head_dim;
+        if input.dims()[2] != embed_dim {
+            return Err(RingError::Shape {
+                what: "the input",
+                got: input.dims().to_vec(),
+                expected: format!("[batch, tokens, {embed_dim}]"),
+            });
+        }
+        if self.grid.is_some() {
+            let message = "tokens after those of a grid have no cell: it cannot be decoded further";
+            return Err(RingError::Value(message.into()));
+        }
+        check_positions(rotary, input.dims()[1])?;
+        let [query, key, value] = self.project(input, rotary);
+        let attended = match &self.attention {
+            Attention::Full(attention) => attention.try_decode(query, key, value, ring, cache)?,
+            Attention::Dilated(attention) => {
+                attention.try_decode(query, key, value, ring, cache)?
+            }
+        };
+        Ok(self.conclude(attended))
+    }
+
+    /// Queries, keys and values, `[batch, heads, rows, head_dim]`.
+    fn project(&self, input: Tensor<3>, rotary: Option<&Rotary>) -> [Tensor<4>; 3] {
+        let [batch, rows, _] = input.dims();
         let heads = |projected: Tensor<3>, heads: usize| {
             projected.reshape([batch, rows, heads, self.head_dim])
         };
@@ -339,18 +413,19 @@ impl MultiheadDilatedAttention {
         let key = rotate(heads(self.key.forward(input.clone()), self.num_kv_heads));
         let value = heads(self.value.forward(input), self.num_kv_heads);
         // The kernels read strided rows: no copy for the swapped dimensions.
-        let [query, key, value] = [query, key, value].map(|tensor| tensor.swap_dims(1, 2));
-        let on = self.kind.on(ring)?;
-        let attended = match &self.attention {
-            Attention::Full(attention) => attention.try_forward(query, key, value, &on)?,
-            Attention::Dilated(attention) => attention.try_forward(query, key, value, &on)?,
-        };
-        let attended = attended.swap_dims(1, 2).reshape([batch, rows, embed_dim]);
-        let attended = match &self.norm {
+        [query, key, value].map(|tensor| tensor.swap_dims(1, 2))
+    }
+
+    /// From what the heads attended to, to the output, `[batch, rows, embed_dim]`.
+    fn conclude(&self, attended: Tensor<4>) -> Tensor<3> {
+        let [batch, heads, rows, head_dim] = attended.dims();
+        let attended = attended
+            .swap_dims(1, 2)
+            .reshape([batch, rows, heads * head_dim]);
+        self.output.forward(match &self.norm {
             Some(norm) => norm.forward(attended),
             None => attended,
-        };
-        Ok(self.dropout.forward(self.output.forward(attended), ring))
+        })
     }
 
     fn check(&self, input: &Tensor<3>, ring: &Ring) -> Result<(), RingError> {
