@@ -4,7 +4,7 @@
 //! - [`plan`]: who would hold, send and compute what, for any length and number of ranks, and a picture of it;
 //! - [`placement`]: where the ranks run;
 //! - [`device`]: what computes;
-//! - [`pattern_options`]: the options that both have in common;
+//! - [`pattern_options`] and [`strategy_option`]: the options that both have in common;
 //! - [`command_line`]: from arguments to an exit status.
 
 pub mod attend;
@@ -14,3 +14,4 @@ pub mod length;
 pub mod pattern_options;
 pub mod placement;
 pub mod plan;
+pub mod strategy_option;

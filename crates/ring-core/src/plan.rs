@@ -224,6 +224,11 @@ impl Plan {
         self.backward.as_deref().unwrap_or(&self.steps)
     }
 
+    /// The steps of the backward pass, if they are not those of the forward pass.
+    pub(crate) fn own_backward_steps(&self) -> Option<&[Step]> {
+        self.backward.as_deref()
+    }
+
     /// Exchanges that are under way at the same time.
     pub fn lookahead(&self) -> usize {
         match self.spec.strategy {
@@ -277,34 +282,79 @@ impl Plan {
 }
 
 impl fmt::Display for Plan {
-    /// One line a step.
+    /// One line a step, and one for each exchange among ranks that divide heads.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "rank {} of {}, {}: {}",
+            self.rank, self.spec.world_size, self.spec.strategy, self.spec.pattern
+        )?;
+        let Some(regroup) = &self.regroup else {
+            return self.describe_steps(f);
+        };
+        for member in &regroup.members {
+            let (rank, heads) = (member.rank, &member.kv_heads);
+            match (rank == self.rank, heads.is_empty()) {
+                (true, true) => writeln!(f, "  before: all own rows leave")?,
+                (true, false) => writeln!(f, "  before: gather key/value heads {heads:?}")?,
+                (false, true) => {}
+                (false, false) => {
+                    writeln!(
+                        f,
+                        "  before: own rows of key/value heads {heads:?} to rank {rank}"
+                    )?;
+                }
+            }
+        }
+        self.describe_steps(f)?;
+        writeln!(f, "  after: outputs return to the owners of their rows")
+    }
+}
+
+impl Plan {
+    fn describe_steps(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, step) in self.steps.iter().enumerate() {
+            writeln!(f, "  step {index}: {step}")?;
+        }
+        for (index, step) in self.backward.iter().flatten().enumerate() {
+            writeln!(f, "  backward step {index}: {step}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = |work: &[HeadWork]| -> usize {
+            let planned = work.iter().flat_map(|work| &work.blocks);
+            planned.map(|planned| planned.repeat).sum()
+        };
+        write!(f, "{} blocks on {:?}", count(&self.work), self.source)?;
+        if !self.guests.is_empty() {
+            write!(f, ", {} of queries from elsewhere", count(&self.guests))?;
+        }
+        match &self.exchange {
+            Some(exchange) => write!(f, "; meanwhile {exchange}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Exchange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let describe = |message: &Option<Message>| match message {
             Some(message) => format!("{} rows with rank {}", message.row_count(), message.peer),
             None => "nothing".to_string(),
         };
-        writeln!(
-            f,
-            "rank {} of {}: {}",
-            self.rank, self.spec.world_size, self.spec.pattern
-        )?;
-        for (index, step) in self.steps.iter().enumerate() {
-            let blocks: usize = step
-                .work
-                .iter()
-                .flat_map(|work| &work.blocks)
-                .map(|planned| planned.repeat)
-                .sum();
-            write!(f, "  step {index}: {blocks} blocks on {:?}", step.source)?;
-            if let Some(exchange) = &step.exchange {
-                write!(
-                    f,
-                    "; meanwhile send {}, receive {}",
-                    describe(&exchange.send),
-                    describe(&exchange.receive)
-                )?;
+        let (send, receive) = (describe(&self.send), describe(&self.receive));
+        write!(f, "send {send}, receive {receive}")?;
+        for (verb, message) in [
+            ("send", &self.send_queries),
+            ("receive", &self.receive_queries),
+        ] {
+            if message.is_some() {
+                write!(f, ", {verb} queries: {}", describe(message))?;
             }
-            writeln!(f)?;
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ use ring_comm::Rank;
 use ring_kernels::{Block, HeadRows, Rows};
 
 use crate::{
+    estimate::{QueryBytes, key_bytes},
     place::{Piece, Place, Shard},
     plan::{Exchange, HeadWork, Message, PlannedBlock, Source, Step},
     progression::{Progression, disjoint_cover},
@@ -149,13 +150,13 @@ impl<'a> Planner<'a> {
             guests: Vec::new(),
             exchange: None,
         };
-        if self.queries_travel(&outgoing, travellers) {
+        if self.queries_travel(&outgoing, (&their_queries, &self.keys), travellers) {
             exchange.receive_queries = self.query_message(destination, &outgoing, &their_queries);
             next.guests = self.work(|entry, class| outgoing[class].guest_blocks(entry));
         } else {
             exchange.send = self.message(destination, &outgoing, &self.keys);
         }
-        if self.queries_travel(&incoming, travellers) {
+        if self.queries_travel(&incoming, (&self.queries, &source_keys), travellers) {
             exchange.send_queries = self.query_message(source, &incoming, &self.queries);
         } else {
             exchange.receive = self.message(source, &incoming, &source_keys);
@@ -168,22 +169,26 @@ impl<'a> Planner<'a> {
         travels.then_some((exchange, next))
     }
 
-    /// Whether queries go to the keys they see, of those that `needs` are about.
-    fn queries_travel(&self, needs: &[ClassNeeds], travellers: Travellers) -> bool {
+    /// Whether those of `queries` that `needs` are about go to the keys they see.
+    fn queries_travel(
+        &self,
+        needs: &[ClassNeeds],
+        (queries, keys): (&Shard, &Shard),
+        travellers: Travellers,
+    ) -> bool {
         match travellers {
             Travellers::Keys => false,
             Travellers::FewestBytes => {
-                let rows =
-                    |runs: &[Progression]| -> usize { runs.iter().map(Progression::count).sum() };
-                let classes = || self.classes.iter().zip(needs);
-                let keys: usize = classes()
-                    .map(|(class, needs)| class.kv_heads.len() * rows(&needs.keys))
-                    .sum();
-                let queries: usize = classes()
-                    .map(|(class, needs)| class.kv_heads.len() * rows(&needs.queries()))
-                    .sum();
-                let bytes = BackwardBytes::of(self.spec);
-                queries * self.group() * bytes.query < keys * bytes.key_value
+                // The sizes of messages do not depend on the rank.
+                let rank = self.place.rank(self.spec);
+                let problem = self.spec.problem(rank);
+                let size = self.spec.dtype.size();
+                let queries = self.query_message(rank, needs, queries);
+                let queries = QueryBytes::of(&queries, &problem, size);
+                let keys = self.message(rank, needs, keys);
+                let there = key_bytes(&keys, &problem, size);
+                let back = key_bytes(&keys, &problem, size_of::<f32>());
+                queries.there + queries.back < there + back
             }
         }
     }
@@ -239,25 +244,6 @@ impl<'a> Planner<'a> {
             .filter_map(of_class)
             .collect();
         (!rows.is_empty()).then_some(Message { peer, rows })
-    }
-}
-
-/// What one row of one head costs on the wire in a backward pass, there and back.
-struct BackwardBytes {
-    /// A key and a value, and their f32 gradients.
-    key_value: usize,
-    /// A query and the gradient of its output, log-sum-exp and delta, and the f32 gradient of the query.
-    query: usize,
-}
-
-impl BackwardBytes {
-    fn of(spec: &AttentionSpec) -> Self {
-        let (dim, number) = (spec.shape.head_dim, size_of::<f32>());
-        let inputs = 2 * dim * spec.dtype.size();
-        Self {
-            key_value: inputs + 2 * dim * number,
-            query: inputs + 2 * number + dim * number,
-        }
     }
 }
 
