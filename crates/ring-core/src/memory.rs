@@ -176,7 +176,7 @@ fn lists(plan: &Plan) -> u64 {
     (blocks * size_of::<Block>() + runs * size_of::<Rows>()) as u64
 }
 
-/// Bytes of the gradients and statistics of the queries that visit this rank's keys: those of one hop at a time.
+/// Bytes of the statistics of the queries that visit this rank's keys: those of one hop at a time.
 fn guests(plan: &Plan, pass: Pass) -> u64 {
     if pass == Pass::Forward {
         return 0;
@@ -188,9 +188,8 @@ fn guests(plan: &Plan, pass: Pass) -> u64 {
         .filter_map(|exchange| exchange.receive_queries.as_ref())
         .map(Message::row_count)
         .max();
-    // A gradient, and log-sum-exp and delta as they came and where they are used.
-    let numbers = shape.head_dim + 4;
-    (rows.unwrap_or(0) * shape.batch * numbers * size_of::<f32>()) as u64
+    // Log-sum-exp and delta, as they came and where they are used.
+    (rows.unwrap_or(0) * shape.batch * 4 * size_of::<f32>()) as u64
 }
 
 /// Bytes of the buffers that messages lie in: all as large as the largest of them, as many as there are at one time.
@@ -247,7 +246,7 @@ impl Held {
             rows: received(current) + ahead,
             gradients: match pass {
                 Pass::Forward => 0,
-                Pass::Backward => received(current) + beside,
+                Pass::Backward => received(current) + beside + visited(current),
             },
         }
     }
@@ -258,6 +257,11 @@ fn received(hop: Option<&Exchange>) -> u64 {
     hop.map_or(0, |hop| {
         u64::from(hop.receive.is_some()) + u64::from(hop.receive_queries.is_some())
     })
+}
+
+/// Where gradients lie before they are packed, of queries that a hop brought.
+fn visited(hop: Option<&Exchange>) -> u64 {
+    u64::from(hop.is_some_and(|hop| hop.receive_queries.is_some()))
 }
 
 /// Messages of a hop that leave.

@@ -19,6 +19,7 @@ use ranks::{
 use ring_comm::{
     Communicator, Loopback, RankPanic, Tcp, Transport,
     buffer::{DType, HostBuffer},
+    collective::barrier,
     launch::from_variables,
 };
 use ring_core::{AttentionSpec, Documents, Error, Pattern, Plan, Shape, Sharding, Strategy};
@@ -195,7 +196,13 @@ fn fail(spec: &AttentionSpec, culprit: usize, faulty: &Faulty, how: &str) -> boo
             rank if rank == culprit => faulty,
             _ => &healthy,
         };
-        run_rank_on(kernels, spec, &whole, &communicator).err()
+        let end = run_rank_on(kernels, spec, &whole, &communicator);
+        // A rank that was done before the fault hears of it now.
+        let met = barrier(&communicator).map_err(|source| Error::Comm {
+            step: "the end".into(),
+            source,
+        });
+        end.and(met).err()
     });
     if faulty.has_failed() {
         let reason = match faulty.fault() {
