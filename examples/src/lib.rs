@@ -5,7 +5,7 @@
 //! - [`generate`]: a trained model continues a text; [`continuation`] is what it has in common with `train`'s sample;
 //! - [`placement`]: where the ranks run;
 //! - [`device`]: what computes;
-//! - [`pattern_options`], [`model_options`]: the options that programs have in common;
+//! - [`pattern_options`], [`strategy_option`], [`model_options`]: the options that programs have in common;
 //! - [`command_line`]: from arguments to an exit status.
 
 pub mod attend;
@@ -18,3 +18,4 @@ pub mod model_options;
 pub mod pattern_options;
 pub mod placement;
 pub mod plan;
+pub mod strategy_option;

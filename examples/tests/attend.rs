@@ -381,7 +381,7 @@ fn arguments_that_make_no_sense_are_refused() {
     let (output, file) = (path(&output), golden("full.safetensors"));
     let from_file = ["--input", path(&file), "--output", output];
     let drawn = ["--random", "1,4,2,16,4", "--output", output];
-    let cases: [(&[&str], &str); 47] = [
+    let cases: [(&[&str], &str); 54] = [
         (&["--segment-lengths", "4,8"], "0 dilation rates"),
         (&["--dilation-rates", "1,2"], "0 segment lengths"),
         (
@@ -449,6 +449,16 @@ fn arguments_that_make_no_sense_are_refused() {
         (&["--mixing", "best"], "longnet"),
         (&["--dtype", "f8"], "bf16"),
         (&["--transport", "pigeon"], "loopback"),
+        (&["--strategy", "ulysses"], "mesh:HEAD_RANKS"),
+        (&["--strategy", "mesh"], "mesh:HEAD_RANKS"),
+        (&["--strategy", "mesh:-1"], "mesh:HEAD_RANKS"),
+        (&["--strategy", "mesh:0"], "at least 1"),
+        (&["--strategy", "mesh:3", "--ranks", "4"], "groups of 3"),
+        (&["--strategy", "mesh:8", "--ranks", "8"], "among 8 ranks"),
+        (
+            &["--strategy", "head-parallel", "--ranks", "8"],
+            "among 8 ranks",
+        ),
         (&["--colour", "red"], "--colour"),
     ];
     for (arguments, word) in cases {

@@ -126,11 +126,126 @@ fn sums_hold() {
                     + memory.key_value
                     + memory.output
                     + memory.gradients
+                    + memory.divided_heads
                     + memory.exchange_slots
                     + memory.scratch;
                 assert_eq!(sum, memory.total);
             }
         }
+    }
+}
+
+/// Of 8 ranks, with 8 heads.
+const STRATEGIES: [&str; 7] = [
+    "ring",
+    "ring-query",
+    "all-gather",
+    "head-parallel",
+    "mesh:2",
+    "mesh:4",
+    "one-rank",
+];
+
+#[test]
+fn every_strategy_is_planned_told_and_drawn() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("plan.svg");
+    let request = |strategy| {
+        let more = ["--ranks=8", "--heads=8", "--causal", "--strategy", strategy];
+        let branches = ["--segment-lengths=4K,64K", "--dilation-rates=1,4"];
+        [&["--length=64K"], &branches[..], &more].concat()
+    };
+    let mut pictures = Vec::new();
+    for strategy in STRATEGIES {
+        let survey = survey(&request(strategy));
+        assert_eq!(survey.strategy, strategy);
+        let totals = survey.totals.clone().unwrap();
+        let sum = |value: &dyn Fn(&ring_core::CommunicationEstimate) -> u64| -> u64 {
+            let ranks = survey.per_rank.iter();
+            ranks.map(|rank| value(&rank.communication)).sum()
+        };
+        assert_eq!(sum(&|bytes| bytes.forward_sent), totals.forward_received);
+        assert_eq!(sum(&|bytes| bytes.backward_sent), totals.backward_received);
+        let by_branch = totals.received_per_branch.iter().sum::<u64>();
+        let is_ring = strategy.starts_with("ring");
+        assert_eq!(by_branch == totals.forward_received, is_ring, "{strategy}");
+        let divides = !is_ring && strategy != "all-gather";
+        assert_eq!(totals.forward_regrouped > 0, divides, "{strategy}");
+        // The comparison is of the same strategy, its numbers those of a survey.
+        for cost in &survey.comparison.as_ref().unwrap().shardings {
+            let other = [&request(strategy)[..], &["--sharding", &cost.sharding]].concat();
+            let other = self::survey(&other).totals.unwrap();
+            assert_eq!(cost.forward_received, other.forward_received);
+        }
+
+        let table = text(&request(strategy));
+        assert!(
+            table.contains(&format!("contiguous, {strategy}\n")),
+            "{table}"
+        );
+        let parts = ["segments of 64K, rate 4", "keys and values of all branches"];
+        assert_eq!(parts.map(|part| table.contains(part)), [is_ring, !is_ring]);
+
+        let svg = ["--svg", file.to_str().unwrap()];
+        let told = text(&[&request(strategy)[..], &["--rank=3"], &svg].concat());
+        assert!(told.contains(&format!("rank 3 of 8, {strategy}")), "{told}");
+        assert_eq!(told.contains("after: outputs return"), divides, "{told}");
+        pictures.push(fs::read_to_string(&file).unwrap());
+        assert_well_formed(&pictures[0]);
+    }
+    assert!(pictures.iter().all(|picture| *picture == pictures[0]));
+}
+
+#[test]
+fn what_ranks_exchange_to_divide_heads_is_told() {
+    let request = ["--length=64K", "--ranks=4", "--heads=4", "--rank=1"];
+    let of = |strategy| [&request[..], &["--strategy", strategy]].concat();
+    let table = text(&of("mesh:2"));
+    for words in [
+        "before: gather key/value heads 2..4",
+        "before: own rows of key/value heads 0..2 to rank 0",
+        "with rank 3",
+        "rows of divided heads",
+    ] {
+        assert!(table.contains(words), "{words} is not in\n{table}");
+    }
+    let plan = survey(&of("mesh:2")).plan.unwrap();
+    let members = &plan.regroup().unwrap().members;
+    let ranks: Vec<_> = members.iter().map(|member| member.rank).collect();
+    assert_eq!(ranks, [0, 1]);
+    let table = text(&of("one-rank"));
+    assert!(table.contains("before: all own rows leave"), "{table}");
+    // Queries travel in the backward, where they are fewer bytes.
+    let table = text(&of("ring-query"));
+    assert!(table.contains("receive queries: "), "{table}");
+}
+
+#[test]
+fn memory_follows_from_what_a_strategy_gathers() {
+    let of = |strategy: &str, rank: usize| {
+        let request = ["--length=64K", "--ranks=8", "--heads=8", "--strategy"];
+        survey(&[&request[..], &[strategy]].concat()).per_rank[rank].clone()
+    };
+    let ring = of("ring", 0).backward_memory;
+    for strategy in STRATEGIES {
+        let memory = of(strategy, 0).backward_memory;
+        let parts = memory.query + memory.key_value + memory.output + memory.gradients;
+        let parts = parts + memory.divided_heads + memory.exchange_slots + memory.scratch;
+        assert_eq!(parts, memory.total, "{strategy}");
+        assert_eq!(memory.single_device_total, ring.single_device_total);
+    }
+    // All keys and values, and their gradients in messages.
+    let gathered = of("all-gather", 0);
+    assert!(gathered.forward_memory.exchange_slots >= 7 * gathered.forward_memory.key_value);
+    // One rank holds at least what one device would; the others hold less than in a ring.
+    let one = of("one-rank", 0).backward_memory;
+    assert!(one.total > one.single_device_total);
+    let other = of("one-rank", 1).backward_memory;
+    assert!(other.total < ring.total);
+    // Dividing heads needs own rows twice, and no more than a ring in proportion.
+    for strategy in ["head-parallel", "mesh:2", "mesh:4"] {
+        let memory = of(strategy, 5).backward_memory;
+        assert!(memory.divided_heads > 0 && memory.total < 4 * ring.total);
     }
 }
 
@@ -379,7 +494,7 @@ fn a_thousand_million_tokens_are_planned_quickly() {
 #[test]
 fn requests_that_make_no_sense_are_refused() {
     let length = ["--length", "64K"];
-    let cases: [(&[&str], &str); 20] = [
+    let cases: [(&[&str], &str); 23] = [
         (&[], "--length"),
         (&["--length", "many"], "whole number"),
         (&["--length", "2e12"], "largest"),
@@ -430,6 +545,22 @@ fn requests_that_make_no_sense_are_refused() {
         ),
         (&["--length", "64K", "--sharding", "ring"], "zigzag"),
         (&["--length", "64K", "--rank", "1", "--all"], "--all"),
+        (
+            &["--length", "64K", "--strategy", "best"],
+            "mesh:HEAD_RANKS",
+        ),
+        (
+            &[
+                "--length",
+                "64K",
+                "--heads",
+                "4",
+                "--strategy",
+                "head-parallel",
+            ],
+            "among 8 ranks",
+        ),
+        (&["--length", "64K", "--strategy", "mesh:3"], "groups of 3"),
         (
             &["--length", "64K", "--svg", "no/such/folder/plan.svg"],
             "cannot write",

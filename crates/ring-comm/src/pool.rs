@@ -16,9 +16,10 @@ use std::{
 
 use crate::buffer::{Buffer, DType, PoolStatistics};
 
-/// Most buffers of one element type that a pool keeps: in the backward of f32 tensors, the keys and values computed on, leaving
-/// and arriving, and the gradients of a slot, leaving and arriving.
-pub const KEPT: usize = 6;
+/// Most buffers of one element type that a pool keeps: in the backward of f32 tensors, the rows computed on, leaving and
+/// arriving, and the gradients of a slot, leaving and arriving, each of keys and of queries if both travel; and gradients of
+/// queries before they are packed.
+pub const KEPT: usize = 13;
 
 /// Calls of [`BufferPool::begin`] after which buffers that have become too large are released.
 pub const CALLS_BETWEEN_INVENTORIES: usize = 256;

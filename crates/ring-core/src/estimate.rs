@@ -1,13 +1,13 @@
-//! What a plan costs, before it runs: bytes on the wire and bytes of memory.
+//! What a plan costs on the wire, before it runs.
 
-use ring_kernels::{Block, Problem, Rows};
+use ring_kernels::{Problem, Rows};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     place::{Place, Shard},
-    plan::{Exchange, Message, Plan, Step},
+    plan::{Exchange, Message, Plan},
     progression::{Progression, disjoint_cover},
-    regroup::Regroup,
+    regroup::Member,
     schedule::QueryParcel,
     selection::{Overlap, entry_classes, head_classes, overlaps, segment_pairs},
     spec::AttentionSpec,
@@ -28,6 +28,8 @@ pub struct CommunicationEstimate {
     /// Forward bytes received by branch; a row that several branches want counts for the first of them. Sums to
     /// `forward_received`. Empty for strategies by which other rows travel than branches want.
     pub received_per_branch: Vec<u64>,
+    /// Forward bytes received from ranks that hold the same positions and divide the heads; part of `forward_received`.
+    pub forward_regrouped: u64,
     /// Rounds of messages in the forward pass: hops in which this rank sends or receives anything, and the two among the ranks
     /// that divide heads.
     pub hops: usize,
@@ -46,6 +48,7 @@ impl CommunicationEstimate {
                 Strategy::Ring | Strategy::RingQuery => received_per_branch(spec, plan.rank()),
                 _ => Vec::new(),
             },
+            forward_regrouped: 0,
             hops: plan.exchanges().count() + 2 * usize::from(plan.regroup().is_some()),
         };
         for exchange in plan.exchanges() {
@@ -59,9 +62,13 @@ impl CommunicationEstimate {
             all.backward_received += received;
             all.backward_sent += sent;
         }
-        if let Some(regroup) = plan.regroup() {
-            all.add_regroup(plan, regroup);
+        for pair in MemberBytes::all(plan) {
+            all.forward_regrouped += pair.forward.received();
+            all.forward_sent += pair.forward.sent();
+            all.backward_received += pair.backward.received();
+            all.backward_sent += pair.backward.sent();
         }
+        all.forward_received += all.forward_regrouped;
         all
     }
 
@@ -80,35 +87,89 @@ impl CommunicationEstimate {
         }
         (received, sent)
     }
+}
 
-    /// Adds what ranks that divide heads exchange.
-    fn add_regroup(&mut self, plan: &Plan, regroup: &Regroup) {
+/// Bytes that a rank exchanges with one of those that hold the same positions.
+pub(crate) struct MemberBytes {
+    pub(crate) forward: RegroupBytes,
+    pub(crate) backward: RegroupBytes,
+}
+
+/// Bytes of one pass.
+pub(crate) struct RegroupBytes {
+    /// Own rows of the other's heads.
+    pub(crate) there: Both,
+    /// Results for them.
+    pub(crate) back: Both,
+}
+
+/// Bytes both ways.
+pub(crate) struct Both {
+    sent: u64,
+    received: u64,
+}
+
+impl MemberBytes {
+    /// With every other member; nothing if heads are not divided.
+    pub(crate) fn all(plan: &Plan) -> Vec<Self> {
+        let members = plan
+            .regroup()
+            .into_iter()
+            .flat_map(|regroup| &regroup.members);
+        let others = members.filter(|member| member.rank != plan.rank());
+        others.map(|member| Self::with(plan, member)).collect()
+    }
+
+    fn with(plan: &Plan, member: &Member) -> Self {
         let (own, divided) = (plan.problem(), plan.ring_problem());
         let group = own.group_size();
         let size = plan.spec().dtype.size();
         let rows = |runs: &[Rows]| -> usize { runs.iter().map(|run| run.count).sum() };
-        let others = regroup.members.iter();
-        for member in others.filter(|member| member.rank != plan.rank()) {
-            // Own rows of the member's heads go there, their rows of own heads come here.
-            let going = Moved {
-                queries: own.queries * member.kv_heads.len() * group,
-                keys: own.keys * member.kv_heads.len(),
-            };
-            let coming = Moved {
-                queries: rows(&member.queries) * divided.query_heads,
-                keys: rows(&member.keys) * divided.kv_heads,
-            };
-            let bytes = |moved: &Moved, tensors: [usize; 3]| {
-                let [of_queries, of_keys, numbers] = tensors;
-                let elements = of_queries * moved.queries + of_keys * moved.keys;
-                let numbers = numbers * moved.queries * size_of::<f32>();
-                (own.batch * (elements * own.head_dim * size + numbers)) as u64
-            };
-            self.forward_received += bytes(&coming, [1, 2, 0]) + bytes(&going, [1, 0, 1]);
-            self.forward_sent += bytes(&going, [1, 2, 0]) + bytes(&coming, [1, 0, 1]);
-            self.backward_received += bytes(&coming, [2, 2, 2]) + bytes(&going, [1, 2, 0]);
-            self.backward_sent += bytes(&going, [2, 2, 2]) + bytes(&coming, [1, 2, 0]);
+        // Own rows of the member's heads go there, its rows of own heads come here.
+        let going = Moved {
+            queries: own.queries * member.kv_heads.len() * group,
+            keys: own.keys * member.kv_heads.len(),
+        };
+        let coming = Moved {
+            queries: rows(&member.queries) * divided.query_heads,
+            keys: rows(&member.keys) * divided.kv_heads,
+        };
+        let bytes = |moved: &Moved, tensors: [usize; 3]| {
+            let [of_queries, of_keys, numbers] = tensors;
+            let elements = of_queries * moved.queries + of_keys * moved.keys;
+            let numbers = numbers * moved.queries * size_of::<f32>();
+            (own.batch * (elements * own.head_dim * size + numbers)) as u64
+        };
+        let pass = |there, back| RegroupBytes {
+            there: Both {
+                sent: bytes(&going, there),
+                received: bytes(&coming, there),
+            },
+            back: Both {
+                sent: bytes(&coming, back),
+                received: bytes(&going, back),
+            },
+        };
+        Self {
+            forward: pass([1, 2, 0], [1, 0, 1]),
+            backward: pass([2, 2, 2], [1, 2, 0]),
         }
+    }
+}
+
+impl RegroupBytes {
+    fn sent(&self) -> u64 {
+        self.there.sent + self.back.sent
+    }
+
+    fn received(&self) -> u64 {
+        self.there.received + self.back.received
+    }
+}
+
+impl Both {
+    pub(crate) fn sum(&self) -> u64 {
+        self.sent + self.received
     }
 }
 
@@ -119,7 +180,7 @@ struct Moved {
 }
 
 /// Bytes of a message of keys and values, or of their gradients.
-fn key_bytes(message: &Option<Message>, problem: &Problem, element: usize) -> u64 {
+pub(crate) fn key_bytes(message: &Option<Message>, problem: &Problem, element: usize) -> u64 {
     message.as_ref().map_or(0, |message| {
         (message.row_count() * problem.batch * 2 * problem.head_dim * element) as u64
     })
@@ -127,15 +188,15 @@ fn key_bytes(message: &Option<Message>, problem: &Problem, element: usize) -> u6
 
 /// Bytes of a message of queries.
 #[derive(Default)]
-struct QueryBytes {
+pub(crate) struct QueryBytes {
     /// With what goes along.
-    there: u64,
+    pub(crate) there: u64,
     /// The gradients.
-    back: u64,
+    pub(crate) back: u64,
 }
 
 impl QueryBytes {
-    fn of(message: &Option<Message>, problem: &Problem, element: usize) -> Self {
+    pub(crate) fn of(message: &Option<Message>, problem: &Problem, element: usize) -> Self {
         message.as_ref().map_or(Self::default(), |message| {
             let parcel = QueryParcel::of_owner(message, problem);
             let numbers = parcel.statistics.len() * size_of::<f32>();
@@ -178,229 +239,4 @@ fn received_per_branch(spec: &AttentionSpec, rank: usize) -> Vec<u64> {
         }
     }
     bytes
-}
-
-/// Bytes of memory that one rank needs for one attention computation.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct MemoryEstimate {
-    /// The rank's queries.
-    pub query: u64,
-    /// The rank's keys and values.
-    pub key_value: u64,
-    /// The rank's output and log-sum-exp.
-    pub output: u64,
-    /// Incoming gradient of the output and gradients of queries, keys and values; 0 for a forward pass.
-    pub gradients: u64,
-    /// Messages that exist at the same time: the slot computed on, the one arriving, the one leaving, and in the backward pass
-    /// the gradients of a slot, leaving and arriving. The communicator keeps them for its next call. Each is as large as the
-    /// largest message of the group; that is taken to be the largest of this rank, which it is, but for a few rows, unless
-    /// shards or what is visible to them differ much from rank to rank. Then see [`in_group`](Self::in_group).
-    pub exchange_slots: u64,
-    /// Running state that is not part of a result, and the kernels' tiles.
-    pub scratch: u64,
-    /// Sum of all.
-    pub total: u64,
-    /// What one device would need for the whole sequence.
-    pub single_device_total: u64,
-    /// `single_device_total / total`.
-    pub reduction_factor: f64,
-}
-
-impl MemoryEstimate {
-    /// Memory of a forward pass; `kernel_scratch` is what the kernels need beside the state.
-    pub fn forward(plan: &Plan, kernel_scratch: u64) -> Self {
-        Self::new(plan, kernel_scratch, false)
-    }
-
-    /// Memory of a backward pass, with everything it needs of the forward pass.
-    pub fn backward(plan: &Plan, kernel_scratch: u64) -> Self {
-        Self::new(plan, kernel_scratch, true)
-    }
-
-    /// Elements of the largest message that the rank of `plan` sends or receives; 0 if there is none.
-    pub fn largest_message(plan: &Plan) -> u64 {
-        let shape = plan.spec().shape;
-        let messages = plan.exchanges().flat_map(|hop| [&hop.send, &hop.receive]);
-        let rows = messages.flatten().map(Message::row_count).max();
-        (rows.unwrap_or(0) * shape.batch * 2 * shape.head_dim) as u64
-    }
-
-    /// The same estimate, made of `plan`, in a group whose [largest message](Self::largest_message), over all ranks, has `largest`
-    /// elements: buffers for messages are as large as that one.
-    #[must_use]
-    pub fn in_group(mut self, plan: &Plan, largest: u64) -> Self {
-        let whole = self.single_device_total;
-        self.total -= self.exchange_slots;
-        self.exchange_slots = self.exchange_slots / Self::largest_message(plan).max(1) * largest;
-        self.total += self.exchange_slots;
-        self.reduction_factor = whole as f64 / (self.total as f64).max(1.0);
-        self
-    }
-
-    fn new(plan: &Plan, kernel_scratch: u64, backward: bool) -> Self {
-        let spec = plan.spec();
-        let problem = plan.problem();
-        let mut own = Self::tensors(
-            spec,
-            problem.queries as u64,
-            problem.keys as u64,
-            kernel_scratch,
-            backward,
-        );
-        own.exchange_slots = slots(plan, backward);
-        let lists = lists(plan);
-        own.scratch += lists;
-        own.total += own.exchange_slots + lists;
-        let whole = Self::tensors(
-            spec,
-            spec.query_length as u64,
-            spec.key_length as u64,
-            kernel_scratch,
-            backward,
-        );
-        own.single_device_total = whole.total;
-        own.reduction_factor = whole.total as f64 / (own.total as f64).max(1.0);
-        own
-    }
-
-    /// Everything but the exchange, for so many rows.
-    fn tensors(
-        spec: &AttentionSpec,
-        queries: u64,
-        keys: u64,
-        kernel_scratch: u64,
-        backward: bool,
-    ) -> Self {
-        let (shape, size) = (spec.shape, spec.dtype.size() as u64);
-        let dim = shape.head_dim as u64;
-        let query_rows = (shape.batch * shape.query_heads) as u64 * queries;
-        let key_rows = (shape.batch * shape.kv_heads) as u64 * keys;
-        let query = query_rows * dim * size;
-        let key_value = 2 * key_rows * dim * size;
-        let output = query_rows * (dim * size + 4);
-        // With 16-bit types the f32 sums exist beside the rounded results; each is released once it is rounded.
-        let rounded = |results: &[u64]| if size == 4 { 0 } else { sums(results, size) };
-        let (gradients, state) = if backward {
-            let gradients = 2 * query + key_value;
-            let delta = query_rows * 4;
-            let sums = rounded(&[query_rows, key_rows, key_rows].map(|rows| rows * dim));
-            (gradients, delta + sums)
-        } else {
-            // Running maximum and denominator; one of the two becomes the log-sum-exp.
-            (0, query_rows * 4 + rounded(&[query_rows * dim]))
-        };
-        let scratch = state + kernel_scratch;
-        Self {
-            query,
-            key_value,
-            output,
-            gradients,
-            exchange_slots: 0,
-            scratch,
-            total: query + key_value + output + gradients + scratch,
-            single_device_total: 0,
-            reduction_factor: 1.0,
-        }
-    }
-}
-
-/// The most bytes held while sums of f32 are rounded one after the other to results of `size` bytes an element, beyond all results.
-fn sums(elements: &[u64], size: u64) -> u64 {
-    let all: u64 = elements.iter().sum();
-    let mut held = 4 * all;
-    let mut most = held;
-    for result in elements {
-        held += size * result;
-        most = most.max(held);
-        held -= 4 * result;
-    }
-    most - size * all
-}
-
-/// Bytes of a plan as it is executed: all its blocks written out, and the rows of its messages.
-fn lists(plan: &Plan) -> u64 {
-    let blocks = |step: &Step| -> usize {
-        let planned = step.work.iter().flat_map(|work| &work.blocks);
-        planned.map(|planned| planned.repeat).sum()
-    };
-    let runs = |exchange: &Exchange| -> usize {
-        let messages = [&exchange.send, &exchange.receive].into_iter().flatten();
-        messages
-            .flat_map(|message| &message.rows)
-            .map(|entry| entry.runs.len())
-            .sum()
-    };
-    let blocks: usize = plan.steps().iter().map(blocks).sum();
-    let runs: usize = plan.exchanges().map(runs).sum();
-    (blocks * size_of::<Block>() + runs * size_of::<Rows>()) as u64
-}
-
-/// Bytes of the buffers that messages lie in: all as large as the largest of them, as many as there are at one time.
-fn slots(plan: &Plan, backward: bool) -> u64 {
-    let spec = plan.spec();
-    let largest = MemoryEstimate::largest_message(plan);
-    // One more than there are steps: after the last one, gradients are still on their way.
-    let at_steps = (0..=plan.steps().len()).flat_map(|index| Held::at(plan, index, backward));
-    let size = spec.dtype.size() as u64;
-    let buffers = if size == 4 {
-        // Keys and values lie in the buffers of gradients that are gone, and the other way round.
-        4 * at_steps
-            .map(|held| held.key_values + held.gradients)
-            .max()
-            .unwrap_or(0)
-    } else {
-        let (key_values, gradients) = at_steps.fold((0, 0), |(key_values, gradients), held| {
-            (
-                held.key_values.max(key_values),
-                held.gradients.max(gradients),
-            )
-        });
-        size * key_values + 4 * gradients
-    };
-    buffers * largest
-}
-
-/// Messages that exist at the same time.
-struct Held {
-    key_values: u64,
-    gradients: u64,
-}
-
-impl Held {
-    /// While step `index` computes, and right after.
-    fn at(plan: &Plan, index: usize, backward: bool) -> [Self; 2] {
-        let exchange = |index: Option<usize>| plan.steps().get(index?)?.exchange.as_ref();
-        let next = exchange(Some(index));
-        let current = exchange(index.checked_sub(1));
-        let earlier = exchange(index.checked_sub(2));
-        let received =
-            |hop: Option<&Exchange>| u64::from(hop.is_some_and(|hop| hop.receive.is_some()));
-        let sent = |hop: Option<&Exchange>| u64::from(hop.is_some_and(|hop| hop.send.is_some()));
-        // Gradients travel while the hop right after theirs is computed, or after a gap at once.
-        let follows = |later: Option<&Exchange>, hop: Option<&Exchange>| {
-            later
-                .zip(hop)
-                .is_some_and(|(later, hop)| later.distance == hop.distance + 1)
-        };
-        let under_way = |hop, travels| {
-            if travels {
-                received(hop) + sent(hop)
-            } else {
-                0
-            }
-        };
-        let in_flight = received(next) + sent(next);
-        let computing = Self {
-            key_values: received(current) + in_flight,
-            gradients: received(current) + under_way(earlier, follows(current, earlier)),
-        };
-        let after = Self {
-            key_values: in_flight,
-            gradients: under_way(current, !follows(next, current)),
-        };
-        [computing, after].map(|held| Self {
-            gradients: if backward { held.gradients } else { 0 },
-            ..held
-        })
-    }
 }

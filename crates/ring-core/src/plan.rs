@@ -9,21 +9,17 @@
 //! from `p - d` (modulo the number of ranks). That needs no forwarding, moves each row once, and is the least number of bytes
 //! for every pattern, as long as batch entries do not differ (a row that one of them needs travels for all); relaying from neighbour to neighbour would move rows through ranks that do not need them.
 
-use std::{collections::BTreeMap, fmt};
+use std::fmt;
 
 use ring_comm::Rank;
-use ring_kernels::{Block, HeadBlocks, HeadRows, Mask, Problem, Rows};
+use ring_kernels::{Block, HeadBlocks, HeadRows, Problem, Rows};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    place::{Piece, Place, Shard},
-    progression::{Progression, disjoint_cover},
+    pairs::block_pairs,
+    planner::{Planner, Travellers},
     regroup::Regroup,
     schedule::{OnDemand, Schedule},
-    selection::{
-        EntryClass, HeadClass, Overlap, SegmentPairs, entry_classes, head_classes, overlaps,
-        segment_pairs,
-    },
     spec::{AttentionSpec, SpecError},
     strategy::Strategy,
 };
@@ -140,7 +136,7 @@ pub struct Step {
 
 impl Step {
     /// Whether there is nothing to compute and nothing to send home.
-    fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.source == Source::Nothing && self.guests.is_empty()
     }
 
@@ -193,7 +189,7 @@ impl Plan {
             .then(|| planner.steps(Travellers::FewestBytes))
             .filter(|backward| *backward != steps);
         Ok(Self {
-            regroup: Regroup::new(&spec, planner.place),
+            regroup: Regroup::new(&spec, planner.place()),
             spec,
             rank,
             steps,
@@ -226,6 +222,11 @@ impl Plan {
     /// The steps of the backward pass, in order.
     pub fn backward_steps(&self) -> &[Step] {
         self.backward.as_deref().unwrap_or(&self.steps)
+    }
+
+    /// The steps of the backward pass, if they are not those of the forward pass.
+    pub(crate) fn own_backward_steps(&self) -> Option<&[Step]> {
+        self.backward.as_deref()
     }
 
     /// Exchanges that are under way at the same time.
@@ -281,508 +282,80 @@ impl Plan {
 }
 
 impl fmt::Display for Plan {
-    /// One line a step.
+    /// One line a step, and one for each exchange among ranks that divide heads.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let describe = |message: &Option<Message>| match message {
-            Some(message) => format!("{} rows with rank {}", message.row_count(), message.peer),
-            None => "nothing".to_string(),
-        };
         writeln!(
             f,
-            "rank {} of {}: {}",
-            self.rank, self.spec.world_size, self.spec.pattern
+            "rank {} of {}, {}: {}",
+            self.rank, self.spec.world_size, self.spec.strategy, self.spec.pattern
         )?;
-        for (index, step) in self.steps.iter().enumerate() {
-            let blocks: usize = step
-                .work
-                .iter()
-                .flat_map(|work| &work.blocks)
-                .map(|planned| planned.repeat)
-                .sum();
-            write!(f, "  step {index}: {blocks} blocks on {:?}", step.source)?;
-            if let Some(exchange) = &step.exchange {
-                write!(
-                    f,
-                    "; meanwhile send {}, receive {}",
-                    describe(&exchange.send),
-                    describe(&exchange.receive)
-                )?;
+        let Some(regroup) = &self.regroup else {
+            return self.describe_steps(f);
+        };
+        for member in &regroup.members {
+            let (rank, heads) = (member.rank, &member.kv_heads);
+            match (rank == self.rank, heads.is_empty()) {
+                (true, true) => writeln!(f, "  before: all own rows leave")?,
+                (true, false) => writeln!(f, "  before: gather key/value heads {heads:?}")?,
+                (false, true) => {}
+                (false, false) => {
+                    writeln!(
+                        f,
+                        "  before: own rows of key/value heads {heads:?} to rank {rank}"
+                    )?;
+                }
             }
-            writeln!(f)?;
+        }
+        self.describe_steps(f)?;
+        writeln!(f, "  after: outputs return to the owners of their rows")
+    }
+}
+
+impl Plan {
+    fn describe_steps(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, step) in self.steps.iter().enumerate() {
+            writeln!(f, "  step {index}: {step}")?;
+        }
+        for (index, step) in self.backward.iter().flatten().enumerate() {
+            writeln!(f, "  backward step {index}: {step}")?;
         }
         Ok(())
     }
 }
 
-/// Rows of one hop for one head class, with what each set of pairs reads of them. Rows travel for all batch entries if one
-/// needs them.
-struct ClassNeeds {
-    /// Of each entry class.
-    pairs: Vec<Vec<SegmentPairs>>,
-    /// Rows of keys that travel, if keys do.
-    keys: Vec<Progression>,
-}
-
-/// What travels between two ranks of which one has queries that see keys of the other.
-#[derive(Clone, Copy)]
-enum Travellers {
-    /// Keys and values, to the queries.
-    Keys,
-    /// Those, or queries to the keys, whichever is fewer bytes in a backward pass.
-    FewestBytes,
-}
-
-/// What the planning of one rank has in common.
-struct Planner<'a> {
-    spec: &'a AttentionSpec,
-    place: Place,
-    classes: Vec<HeadClass>,
-    entries: Vec<EntryClass>,
-    queries: Shard,
-    keys: Shard,
-}
-
-impl<'a> Planner<'a> {
-    fn new(spec: &'a AttentionSpec, rank: Rank) -> Self {
-        let place = Place::of(spec, rank);
-        Self {
-            spec,
-            place,
-            classes: head_classes(spec, place),
-            entries: entry_classes(spec),
-            queries: Shard::queries(spec, place),
-            keys: Shard::keys(spec, place),
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = |work: &[HeadWork]| -> usize {
+            let planned = work.iter().flat_map(|work| &work.blocks);
+            planned.map(|planned| planned.repeat).sum()
+        };
+        write!(f, "{} blocks on {:?}", count(&self.work), self.source)?;
+        if !self.guests.is_empty() {
+            write!(f, ", {} of queries from elsewhere", count(&self.guests))?;
+        }
+        match &self.exchange {
+            Some(exchange) => write!(f, "; meanwhile {exchange}"),
+            None => Ok(()),
         }
     }
+}
 
-    fn steps(&self, travellers: Travellers) -> Vec<Step> {
-        let mut steps = vec![Step {
-            source: Source::Own,
-            work: self.own_work(),
-            guests: Vec::new(),
-            exchange: None,
-        }];
-        for distance in 1..Place::ring_size(self.spec) {
-            if let Some((exchange, next)) = self.hop(distance, travellers) {
-                let current = steps.last_mut().expect("there is always the own step");
-                current.exchange = Some(exchange);
-                steps.push(next);
+impl fmt::Display for Exchange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let describe = |message: &Option<Message>| match message {
+            Some(message) => format!("{} rows with rank {}", message.row_count(), message.peer),
+            None => "nothing".to_string(),
+        };
+        let (send, receive) = (describe(&self.send), describe(&self.receive));
+        write!(f, "send {send}, receive {receive}")?;
+        for (verb, message) in [
+            ("send", &self.send_queries),
+            ("receive", &self.receive_queries),
+        ] {
+            if message.is_some() {
+                write!(f, ", {verb} queries: {}", describe(message))?;
             }
         }
-        steps.pop_if(|last| last.is_idle());
-        steps
-    }
-
-    /// The blocks of the rank's own keys.
-    fn own_work(&self) -> Vec<HeadWork> {
-        let overlaps = self.overlaps(&self.queries, &self.keys);
-        self.work(|entry, class| {
-            segment_pairs(self.spec, &self.classes[class], &overlaps[entry])
-                .iter()
-                .map(|pairs| PlannedBlock {
-                    block: Block {
-                        queries: rows_of(&pairs.query_piece, pairs.queries),
-                        keys: rows_of(&pairs.key_piece, pairs.keys),
-                        branch: pairs.branch as u32,
-                    },
-                    repeat: pairs.repeat,
-                    period: pairs.period as usize,
-                })
-                .collect()
-        })
-    }
-
-    /// What two shards have in common, in each entry class.
-    fn overlaps(&self, queries: &Shard, keys: &Shard) -> Vec<Vec<Overlap>> {
-        let of_class = |class| overlaps(self.spec, class, queries, keys);
-        self.entries.iter().map(of_class).collect()
-    }
-
-    /// Work of every entry class and head class that has blocks; `blocks` is given their indices.
-    fn work(&self, blocks: impl Fn(usize, usize) -> Vec<PlannedBlock>) -> Vec<HeadWork> {
-        let mut all = Vec::new();
-        for (entry, entries) in self.entries.iter().enumerate() {
-            for (index, class) in self.classes.iter().enumerate() {
-                let blocks = blocks(entry, index);
-                if !blocks.is_empty() {
-                    all.push(HeadWork {
-                        entries: entries.entries.clone(),
-                        kv_heads: class.kv_heads.clone(),
-                        blocks,
-                    });
-                }
-            }
-        }
-        all
-    }
-
-    /// The exchange of a hop and the step that computes what it brought; `None` if nothing travels.
-    fn hop(&self, distance: usize, travellers: Travellers) -> Option<(Exchange, Step)> {
-        let ranks = Place::ring_size(self.spec);
-        let source = self.place.further(self.spec, ranks - distance);
-        let destination = self.place.further(self.spec, distance);
-        let their_queries = Shard::queries(self.spec, destination);
-        let outgoing = self.needs(&their_queries, &self.keys);
-        let source_keys = Shard::keys(self.spec, source);
-        let incoming = self.needs(&self.queries, &source_keys);
-        let (source, destination) = (source.rank(self.spec), destination.rank(self.spec));
-
-        let mut exchange = Exchange {
-            distance,
-            send: None,
-            receive: None,
-            send_queries: None,
-            receive_queries: None,
-        };
-        let mut next = Step {
-            source: Source::Nothing,
-            work: Vec::new(),
-            guests: Vec::new(),
-            exchange: None,
-        };
-        if self.queries_travel(&outgoing, travellers) {
-            exchange.receive_queries = self.query_message(destination, &outgoing, &their_queries);
-            next.guests = self.work(|entry, class| outgoing[class].guest_blocks(entry));
-        } else {
-            exchange.send = self.message(destination, &outgoing, &self.keys);
-        }
-        if self.queries_travel(&incoming, travellers) {
-            exchange.send_queries = self.query_message(source, &incoming, &self.queries);
-        } else {
-            exchange.receive = self.message(source, &incoming, &source_keys);
-            next.work = self.work(|entry, class| incoming[class].slot_blocks(entry));
-        }
-        if exchange.receive.is_some() {
-            next.source = Source::Slot(source);
-        }
-        let travels = exchange.messages().next().is_some();
-        travels.then_some((exchange, next))
-    }
-
-    /// Whether queries go to the keys they see, of those that `needs` are about.
-    fn queries_travel(&self, needs: &[ClassNeeds], travellers: Travellers) -> bool {
-        match travellers {
-            Travellers::Keys => false,
-            Travellers::FewestBytes => {
-                let rows =
-                    |runs: &[Progression]| -> usize { runs.iter().map(Progression::count).sum() };
-                let classes = || self.classes.iter().zip(needs);
-                let keys: usize = classes()
-                    .map(|(class, needs)| class.kv_heads.len() * rows(&needs.keys))
-                    .sum();
-                let queries: usize = classes()
-                    .map(|(class, needs)| class.kv_heads.len() * rows(&needs.queries()))
-                    .sum();
-                let bytes = BackwardBytes::of(self.spec);
-                queries * self.group() * bytes.query < keys * bytes.key_value
-            }
-        }
-    }
-
-    fn group(&self) -> usize {
-        self.spec.shape.query_heads / self.spec.shape.kv_heads
-    }
-
-    /// What `queries` need of `keys`, for every head class.
-    fn needs(&self, queries: &Shard, keys: &Shard) -> Vec<ClassNeeds> {
-        let overlaps = self.overlaps(queries, keys);
-        let of_class = |class| {
-            let pairs: Vec<Vec<SegmentPairs>> = overlaps
-                .iter()
-                .map(|overlaps| segment_pairs(self.spec, class, overlaps))
-                .map(|pairs| pairs.iter().flat_map(copies).collect())
-                .collect();
-            let keys = match self.spec.strategy {
-                Strategy::AllGather => keys.pieces.iter().map(Piece::positions).collect(),
-                _ => runs_of(&pairs, |pairs| (pairs.key_piece, pairs.keys)),
-            };
-            ClassNeeds { pairs, keys }
-        };
-        self.classes.iter().map(of_class).collect()
-    }
-
-    /// The message that carries the keys and values of `needs`, which are in `shard`.
-    fn message(&self, peer: Rank, needs: &[ClassNeeds], shard: &Shard) -> Option<Message> {
-        let of_class = |(class, needs): (&HeadClass, &ClassNeeds)| {
-            head_rows(class.kv_heads.clone(), &needs.keys, shard)
-        };
-        let rows: Vec<HeadRows> = self
-            .classes
-            .iter()
-            .zip(needs)
-            .filter_map(of_class)
-            .collect();
-        (!rows.is_empty()).then_some(Message { peer, rows })
-    }
-
-    /// The message that carries the queries of `needs`, which are in `shard`.
-    fn query_message(&self, peer: Rank, needs: &[ClassNeeds], shard: &Shard) -> Option<Message> {
-        let group = self.group();
-        let query_heads = |kv_head: &usize| kv_head * group..(kv_head + 1) * group;
-        let of_class = |(class, needs): (&HeadClass, &ClassNeeds)| {
-            let heads = class.kv_heads.iter().flat_map(query_heads).collect();
-            head_rows(heads, &needs.queries(), shard)
-        };
-        let rows: Vec<HeadRows> = self
-            .classes
-            .iter()
-            .zip(needs)
-            .filter_map(of_class)
-            .collect();
-        (!rows.is_empty()).then_some(Message { peer, rows })
-    }
-}
-
-/// What one row of one head costs on the wire in a backward pass, there and back.
-struct BackwardBytes {
-    /// A key and a value, and their f32 gradients.
-    key_value: usize,
-    /// A query and the gradient of its output, log-sum-exp and delta, and the f32 gradient of the query.
-    query: usize,
-}
-
-impl BackwardBytes {
-    fn of(spec: &AttentionSpec) -> Self {
-        let (dim, number) = (spec.shape.head_dim, size_of::<f32>());
-        let inputs = 2 * dim * spec.dtype.size();
-        Self {
-            key_value: inputs + 2 * dim * number,
-            query: inputs + 2 * number + dim * number,
-        }
-    }
-}
-
-impl ClassNeeds {
-    /// Rows of queries that travel, if queries do.
-    fn queries(&self) -> Vec<Progression> {
-        runs_of(&self.pairs, |pairs| (pairs.query_piece, pairs.queries))
-    }
-
-    /// Every set of pairs of an entry class as blocks of own queries and the packed keys.
-    fn slot_blocks(&self, entry: usize) -> Vec<PlannedBlock> {
-        let blocks = |pairs: &SegmentPairs| {
-            let queries = rows_of(&pairs.query_piece, pairs.queries);
-            let keys = packed_rows(pairs.keys, &self.keys);
-            let branch = pairs.branch as u32;
-            keys.into_iter()
-                .map(move |keys| once(queries, keys, branch))
-                .collect::<Vec<_>>()
-        };
-        self.pairs[entry].iter().flat_map(blocks).collect()
-    }
-
-    /// Every set of pairs of an entry class as blocks of packed queries and own keys.
-    fn guest_blocks(&self, entry: usize) -> Vec<PlannedBlock> {
-        let runs = self.queries();
-        let blocks = |pairs: &SegmentPairs| {
-            let keys = rows_of(&pairs.key_piece, pairs.keys);
-            let queries = packed_rows(pairs.queries, &runs);
-            let branch = pairs.branch as u32;
-            queries
-                .into_iter()
-                .map(move |queries| once(queries, keys, branch))
-                .collect::<Vec<_>>()
-        };
-        self.pairs[entry].iter().flat_map(blocks).collect()
-    }
-}
-
-/// A block without copies.
-fn once(queries: Rows, keys: Rows, branch: u32) -> PlannedBlock {
-    PlannedBlock {
-        block: Block {
-            queries,
-            keys,
-            branch,
-        },
-        repeat: 1,
-        period: 0,
-    }
-}
-
-/// Rows of `runs`, packed one run after the other, at which positions of `set` are.
-fn packed_rows(set: Progression, runs: &[Progression]) -> Vec<Rows> {
-    let mut rows = Vec::new();
-    let mut base = 0;
-    for run in runs {
-        let common = set.intersect(run);
-        if let Some(first) = common.first() {
-            let run_first = run.first().expect("a run is never empty");
-            rows.push(Rows {
-                first_row: base + ((first - run_first) / run.stride()) as usize,
-                row_step: (common.stride() / run.stride()).max(1) as usize,
-                count: common.count(),
-                first_position: first,
-                position_step: common.stride(),
-            });
-        }
-        base += run.count();
-    }
-    rows
-}
-
-/// The rows of `runs` for `heads`; `None` if there are none.
-fn head_rows(heads: Vec<usize>, runs: &[Progression], shard: &Shard) -> Option<HeadRows> {
-    let rows = |run: &Progression| {
-        let first = run.first().expect("a run is never empty");
-        rows_of(shard.piece_of(first), *run)
-    };
-    (!runs.is_empty()).then(|| HeadRows {
-        heads,
-        runs: runs.iter().map(rows).collect(),
-    })
-}
-
-/// The rows that `pairs` read on one side, which `pick` tells with their piece: each row once, ascending. Runs never cross
-/// pieces: their rows are not neighbours.
-fn runs_of(
-    pairs: &[Vec<SegmentPairs>],
-    pick: impl Fn(&SegmentPairs) -> (Piece, Progression),
-) -> Vec<Progression> {
-    let mut of_pieces: BTreeMap<i64, Vec<Progression>> = BTreeMap::new();
-    for (piece, rows) in pairs.iter().flatten().map(pick) {
-        let sets = of_pieces.entry(piece.start).or_default();
-        // Several pieces of the other side want the same rows, or the first of them.
-        let same =
-            |set: &&mut Progression| set.first() == rows.first() && set.stride() == rows.stride();
-        match sets.iter_mut().find(same) {
-            Some(set) if set.last() < rows.last() => *set = rows,
-            Some(_) => {}
-            None => sets.push(rows),
-        }
-    }
-    of_pieces.into_values().flat_map(disjoint_cover).collect()
-}
-
-/// A progression of positions as rows of the piece that holds them.
-pub(crate) fn rows_of(piece: &Piece, positions: Progression) -> Rows {
-    let first = positions.first().expect("pruned sets are never empty");
-    Rows {
-        first_row: piece.row(first),
-        row_step: positions.stride() as usize,
-        count: positions.count(),
-        first_position: first,
-        position_step: positions.stride(),
-    }
-}
-
-/// Repeated pairs, written out.
-fn copies(pairs: &SegmentPairs) -> impl Iterator<Item = SegmentPairs> + use<> {
-    let pairs = *pairs;
-    (0..pairs.repeat as i64).map(move |copy| SegmentPairs {
-        queries: pairs.queries.shifted(copy * pairs.period),
-        keys: pairs.keys.shifted(copy * pairs.period),
-        repeat: 1,
-        period: 0,
-        ..pairs
-    })
-}
-
-/// Admitted pairs of a block.
-fn block_pairs(block: &Block, mask: Mask) -> u128 {
-    let all = block.queries.count as u128 * block.keys.count as u128;
-    let up_to = |bound: Option<u64>| bound.map(|bound| i64::try_from(bound).unwrap_or(i64::MAX));
-    let seen = up_to(mask.right).map_or(all, |right| pairs_up_to(block, right));
-    // Those further back than the left bound.
-    let left = up_to(mask.left).and_then(|left| left.checked_add(1));
-    seen - left.map_or(0, |left| pairs_up_to(block, -left))
-}
-
-/// Pairs of a block whose key stands at most `ahead` positions after the query.
-fn pairs_up_to(block: &Block, ahead: i64) -> u128 {
-    let (queries, keys) = (&block.queries, &block.keys);
-    if queries.count == 0 || keys.count == 0 {
-        return 0;
-    }
-    // In the order of positions all below 2^42, so that no sum overflows.
-    let ahead = ahead.clamp(-(1 << 50), 1 << 50);
-    let reach = |i: usize| queries.position(i) + ahead;
-    // Queries below the first key see nothing, queries at or after the last key see all; between, floor((q - k0)/ks) + 1.
-    let first_query_at = |position: i64| {
-        let distance = (position - reach(0)).max(0);
-        let steps = (distance + queries.position_step - 1) / queries.position_step;
-        (steps as usize).min(queries.count)
-    };
-    let some = first_query_at(keys.first_position);
-    let all = first_query_at(keys.position(keys.count - 1));
-    let between = (all - some) as u128;
-    let first = (reach(some) - keys.first_position).max(0) as u128;
-    between
-        + floor_sum(
-            between,
-            keys.position_step as u128,
-            queries.position_step as u128,
-            first,
-        )
-        + (queries.count - all) as u128 * keys.count as u128
-}
-
-/// `sum of floor((a i + b) / m) for i in 0..n`, in the time of Euclid's algorithm.
-fn floor_sum(n: u128, m: u128, a: u128, b: u128) -> u128 {
-    if n == 0 {
-        return 0;
-    }
-    let mut sum = 0;
-    if a >= m {
-        sum += n * (n - 1) / 2 * (a / m);
-    }
-    if b >= m {
-        sum += n * (b / m);
-    }
-    let (a, b) = (a % m, b % m);
-    let last = a * n + b;
-    if last >= m {
-        sum += floor_sum(last / m, a, m, last % m);
-    }
-    sum
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn rows(first_position: i64, position_step: i64, count: usize) -> Rows {
-        Rows {
-            first_row: 0,
-            row_step: 1,
-            count,
-            first_position,
-            position_step,
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn pairs_are_counted_without_enumeration(
-            q0 in -20_i64..40, qs in 1_i64..7, nq in 1_usize..30,
-            k0 in -20_i64..40, ks in 1_i64..7, nk in 1_usize..30,
-            left in prop::option::of(0_u64..60), right in prop::option::of(0_u64..60),
-        ) {
-            let block = Block { queries: rows(q0, qs, nq), keys: rows(k0, ks, nk), branch: 0 };
-            let mask = Mask { left, right };
-            let brute = (0..nq)
-                .flat_map(|i| (0..nk).map(move |j| (i, j)))
-                .filter(|&(i, j)| mask.admits(block.queries.position(i), block.keys.position(j)))
-                .count();
-            prop_assert_eq!(block_pairs(&block, mask), brute as u128);
-        }
-    }
-
-    #[test]
-    fn bounds_beyond_all_positions_bound_nothing() {
-        let block = Block {
-            queries: rows(-5, 3, 40),
-            keys: rows(2, 2, 50),
-            branch: 0,
-        };
-        for far in [1 << 41, i64::MAX as u64, u64::MAX] {
-            let mask = Mask {
-                left: Some(far),
-                right: Some(far),
-            };
-            assert_eq!(block_pairs(&block, mask), 2000);
-        }
+        Ok(())
     }
 }

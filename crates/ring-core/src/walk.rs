@@ -292,7 +292,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Walk<'a, B, K> {
             key: inputs.key,
             value: inputs.value,
         };
-        let mut grad_query = self.zeros(parcel.shape.elements())?;
+        let mut grad_query = self.zero_message(parcel.shape.elements())?;
         exchanger.compute("backward", distance, || {
             let target = KeyValueGradient::Own {
                 key: &mut gradients.key,
@@ -314,9 +314,11 @@ impl<'a, B: Buffer, K: Kernels<B>> Walk<'a, B, K> {
             data: grad_query.view(),
             layout: &layout,
         };
-        exchanger.compute("pack", distance, || {
+        let message = exchanger.compute("pack", distance, || {
             kernels.pack(parcel.shape, &[tensor], &parcel.gradients, Some(memory))
-        })
+        })?;
+        exchanger.give(Some(grad_query));
+        Ok(message)
     }
 
     fn zero_message(&self, len: usize) -> Result<B, Error> {

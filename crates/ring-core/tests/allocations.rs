@@ -14,8 +14,8 @@ use ring_comm::{
     buffer::{Buffer, DType, HostBuffer, HostView},
 };
 use ring_core::{
-    AttentionSpec, DropoutSeed, Inputs, KeyValueCache, NewTokens, Pattern, Plan, Saved, Shape,
-    Sharding, backward, decode, forward,
+    AttentionSpec, DropoutSeed, Inputs, KeyValueCache, MemoryEstimate, NewTokens, Pattern, Plan,
+    Saved, Shape, Sharding, Strategy, backward, decode, forward,
 };
 use ring_kernels::{
     BackwardInputs, ForwardState, HeadBlocks, KernelError, Kernels, KeyValue, KeyValueGradient,
@@ -30,10 +30,15 @@ struct Counting;
 struct Count {
     allocations: usize,
     largest: usize,
+    /// Those of [`LARGE`] bytes and more.
+    large: usize,
 }
 
+/// More than the numbers that go along with queries take, less than their rows do.
+const LARGE: usize = 4096;
+
 thread_local! {
-    static COUNT: Cell<Count> = const { Cell::new(Count { allocations: 0, largest: 0 }) };
+    static COUNT: Cell<Count> = const { Cell::new(Count { allocations: 0, largest: 0, large: 0 }) };
 }
 
 #[global_allocator]
@@ -47,10 +52,12 @@ unsafe impl GlobalAlloc for Counting {
             let Count {
                 allocations,
                 largest,
+                large,
             } = count.get();
             count.set(Count {
                 allocations: allocations + 1,
                 largest: largest.max(layout.size()),
+                large: large + usize::from(layout.size() >= LARGE),
             });
         });
         // SAFETY: the caller's promise about `layout` is passed on.
@@ -319,6 +326,29 @@ fn later_calls_allocate_the_same_with_any_number_of_ranks() {
     }
 }
 
+/// What queries take along, log-sum-exp and delta, is allocated per hop, and lists of a few words; rows and gradients are not.
+#[test]
+fn queries_travel_without_large_allocations_per_hop() {
+    for (pattern, sharding) in cases() {
+        for dtype in [DType::F32, DType::BF16] {
+            let run = |ranks| {
+                let spec = spec(&pattern, sharding, dtype, ranks);
+                all_calls(&spec.with_strategy(Strategy::RingQuery).unwrap())
+            };
+            let (two, eight) = (run(2), run(8));
+            let [_, _, expected, _] = &two[0];
+            for [_, second, third, fourth] in two.iter().chain(&eight) {
+                let case = format!("{pattern}, {sharding}, {dtype}");
+                for later in [second, third, fourth] {
+                    assert_eq!(later.forward, expected.forward, "{case}");
+                    assert_eq!(later.backward.large, expected.backward.large, "{case}");
+                    assert_eq!(later.kept, second.kept, "{case}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn the_pool_keeps_a_constant_number_of_messages() {
     for (pattern, sharding) in cases() {
@@ -341,6 +371,31 @@ fn the_pool_keeps_a_constant_number_of_messages() {
                     "{pattern}, {sharding}, {dtype}: {} bytes kept, bound {bound}",
                     fourth.kept
                 );
+            }
+        }
+    }
+}
+
+#[test]
+fn the_pool_keeps_no_more_than_is_estimated() {
+    let estimate = |spec: &AttentionSpec, rank| {
+        let plan = Plan::new(spec, rank).unwrap();
+        MemoryEstimate::backward(&plan, 0).exchange_slots as usize
+    };
+    for (pattern, sharding) in cases() {
+        for dtype in [DType::F32, DType::BF16] {
+            for strategy in [Strategy::Ring, Strategy::RingQuery, Strategy::AllGather] {
+                let spec = spec(&pattern, sharding, dtype, 8);
+                let spec = spec.with_strategy(strategy).unwrap();
+                let estimate = (0..8).map(|rank| estimate(&spec, rank)).max().unwrap();
+                for [.., fourth] in all_calls(&spec) {
+                    let kept = fourth.kept;
+                    let case = format!("{pattern}, {sharding}, {dtype}, {strategy}");
+                    assert!(
+                        kept <= estimate,
+                        "{case}: {kept} bytes kept, {estimate} expected"
+                    );
+                }
             }
         }
     }

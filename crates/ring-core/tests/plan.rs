@@ -1,107 +1,16 @@
 //! Properties of plans (and of what is estimated from them), judged by enumeration.
 
 mod cases;
+mod enumeration;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use enumeration::{Pair, check_rows, counted, packed_positions, plans, positions};
 use proptest::prelude::*;
 use ring_core::{
-    AttentionSpec, CommunicationEstimate, Documents, Message, Pattern, Plan, Shape, Sharding,
-    Source, Step, oracle::multiplicity,
+    AttentionSpec, CommunicationEstimate, Documents, Pattern, Plan, Shape, Sharding,
+    oracle::multiplicity,
 };
-use ring_kernels::Rows;
-
-/// Position of every local row of a rank.
-fn positions(spec: &AttentionSpec, rank: usize, keys: bool) -> Vec<i64> {
-    let (sharding, length, offset) = if keys {
-        (spec.key_sharding, spec.key_length, 0)
-    } else {
-        (spec.query_sharding, spec.query_length, spec.query_offset)
-    };
-    sharding
-        .spans(length, spec.world_size, rank)
-        .iter()
-        .flat_map(|span| span.start..span.end)
-        .map(|position| position as i64 + offset)
-        .collect()
-}
-
-fn plans(spec: &AttentionSpec) -> Vec<Plan> {
-    (0..spec.world_size)
-        .map(|rank| Plan::new(spec, rank).unwrap())
-        .collect()
-}
-
-/// Positions of the rows of a message, by head, in packed order.
-fn packed_positions(message: &Message) -> BTreeMap<usize, Vec<i64>> {
-    let mut by_head = BTreeMap::new();
-    for entry in &message.rows {
-        for &head in &entry.heads {
-            let positions = entry
-                .runs
-                .iter()
-                .flat_map(|run| (0..run.count).map(|i| run.position(i)))
-                .collect();
-            assert!(
-                by_head.insert(head, positions).is_none(),
-                "head packed twice"
-            );
-        }
-    }
-    by_head
-}
-
-/// A pair of a key/value head: batch entry, head, query position, key position.
-type Pair = (usize, usize, i64, i64);
-
-/// The pairs a plan counts, and how often; checks on the way that every row stands where the block says.
-fn counted(plan: &Plan) -> BTreeMap<Pair, usize> {
-    let spec = plan.spec();
-    let own_queries = positions(spec, plan.rank(), false);
-    let own_keys = positions(spec, plan.rank(), true);
-    let mut pairs = BTreeMap::new();
-    let mut slot: Option<BTreeMap<usize, Vec<i64>>> = None;
-    for step in plan.steps() {
-        for work in Step::head_blocks(&step.work) {
-            for &head in &work.kv_heads {
-                let keys = match step.source {
-                    Source::Own => &own_keys,
-                    Source::Slot(_) => &slot.as_ref().unwrap()[&head],
-                    Source::Nothing => panic!("work on nothing"),
-                };
-                for block in &work.blocks {
-                    check_rows(&block.queries, &own_queries);
-                    check_rows(&block.keys, keys);
-                    let mut any = false;
-                    for i in 0..block.queries.count {
-                        for j in 0..block.keys.count {
-                            let (n, m) = (block.queries.position(i), block.keys.position(j));
-                            if spec.pattern.mask().admits(n, m) {
-                                any = true;
-                                for &entry in &work.entries {
-                                    *pairs.entry((entry, head, n, m)).or_insert(0) += 1;
-                                }
-                            }
-                        }
-                    }
-                    assert!(any, "a block without any pair: {block:?}");
-                }
-            }
-        }
-        slot = step
-            .exchange
-            .as_ref()
-            .and_then(|exchange| exchange.receive.as_ref())
-            .map(packed_positions);
-    }
-    pairs
-}
-
-fn check_rows(rows: &Rows, positions: &[i64]) {
-    for i in 0..rows.count {
-        assert_eq!(positions[rows.row(i)], rows.position(i));
-    }
-}
 
 /// Rows that `rank` must receive: (head, position) of keys that it does not own and that are visible in some batch entry.
 fn visible_elsewhere(spec: &AttentionSpec, rank: usize) -> BTreeSet<(usize, i64)> {
@@ -131,7 +40,7 @@ proptest! {
         let mut total: BTreeMap<Pair, usize> = BTreeMap::new();
         let mut work = 0;
         for plan in plans(&spec) {
-            let pairs = counted(&plan);
+            let pairs = counted(&plan, plan.steps());
             let group = spec.shape.query_heads / spec.shape.kv_heads;
             let own: usize = pairs.values().sum::<usize>() * group;
             prop_assert_eq!(plan.pairs(), own as u128, "the plan knows its work");

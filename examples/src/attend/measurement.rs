@@ -32,6 +32,8 @@ pub struct Measurement {
     pub pattern: String,
     /// The sharding.
     pub sharding: String,
+    /// How the ranks divided the computation.
+    pub strategy: String,
     /// Sizes of the tensors.
     pub shape: Sizes,
     /// Factor on the scores.
@@ -96,6 +98,7 @@ impl Measurement {
             repeat: options.repeat.unwrap_or(1),
             pattern: spec.pattern.to_string(),
             sharding: spec.query_sharding.to_string(),
+            strategy: spec.strategy.to_string(),
             shape: Sizes {
                 batch: spec.shape.batch,
                 query_heads: spec.shape.query_heads,

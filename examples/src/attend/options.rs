@@ -13,6 +13,7 @@ use crate::{
     length::parse_length,
     pattern_options::PatternOptions,
     placement::{MAX_RANKS, Placement, Wishes},
+    strategy_option::StrategyOption,
 };
 
 /// Attention of tensors on disk, or of random ones, on one or more ranks.
@@ -102,6 +103,10 @@ pub struct Options {
     #[arg(long, value_name = "K", value_parser = parse_count)]
     pub repeat: Option<usize>,
 
+    /// How ranks divide the computation.
+    #[command(flatten)]
+    pub strategy: StrategyOption,
+
     /// The pattern.
     #[command(flatten)]
     pub pattern: PatternOptions,
@@ -134,6 +139,7 @@ Examples:
   attend --input in.safetensors --output out.safetensors --causal
   attend --input in.safetensors --output out.safetensors --segment-lengths 2048,4096 --dilation-rates 1,2 --ranks 4
   attend --input in.safetensors --output out.safetensors --window 1023,0 --document-lengths 3000,5000,192
+  attend --input in.safetensors --output out.safetensors --ranks 4 --strategy mesh:2
   attend --random 1,8,2,64K,64 --causal --ranks 4 --sharding zigzag --repeat 5 --backward
   mpirun -n 4 attend --input in.safetensors --output out.safetensors --causal";
 
@@ -181,7 +187,7 @@ impl Options {
     /// The computation, for the sizes of `input`, on so many ranks.
     ///
     /// # Errors
-    /// [`Failure::Input`] for sizes that do not fit together.
+    /// [`Failure::Input`] for sizes that do not fit together, or a strategy that does not fit them.
     pub fn spec(&self, input: &Input, ranks: usize) -> Result<AttentionSpec, Failure> {
         let spec = AttentionSpec::new(self.pattern.pattern()?, input.shape(), 0)
             .and_then(|spec| spec.with_lengths(input.query_length(), input.key_length()))
@@ -198,7 +204,7 @@ impl Options {
             .map_err(Failure::input)?
             .with_key_sharding(self.key_sharding.unwrap_or(self.sharding))
             .with_dtype(self.dtype);
-        self.scores.of(spec, input)
+        self.strategy.divide(self.scores.of(spec, input)?)
     }
 
     /// What no rank can see of another while they compute, but must be the same on all.

@@ -1,7 +1,7 @@
 //! Which sharding spreads the work best: [`Comparison`].
 
 use rayon::prelude::*;
-use ring_core::{AttentionSpec, Plan, Sharding, SpecError};
+use ring_core::{AttentionSpec, CommunicationEstimate, Plan, Sharding, SpecError};
 use serde::{Deserialize, Serialize};
 
 use super::survey::Survey;
@@ -67,11 +67,7 @@ impl ShardingCost {
             .into_par_iter()
             .map(|rank| {
                 let plan = Plan::new(&spec, rank)?;
-                let received = plan
-                    .exchanges()
-                    .filter_map(|exchange| exchange.receive.as_ref());
-                let rows: usize = received.map(|message| message.row_count()).sum();
-                let bytes = (rows * spec.shape.batch) as u64 * spec.row_bytes();
+                let bytes = CommunicationEstimate::new(&plan).forward_received;
                 Ok((plan.pairs(), bytes))
             })
             .collect::<Result<Vec<_>, SpecError>>()?;

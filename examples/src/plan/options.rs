@@ -11,6 +11,7 @@ use crate::{
     command_line::Failure,
     length::parse_length,
     pattern_options::PatternOptions,
+    strategy_option::StrategyOption,
 };
 
 /// What every rank would hold, send, receive and compute, without computing anything.
@@ -76,6 +77,10 @@ pub struct Options {
     #[arg(long, value_name = "FILE", help_heading = "What to show")]
     pub svg: Option<PathBuf>,
 
+    /// How ranks divide the computation.
+    #[command(flatten)]
+    pub strategy: StrategyOption,
+
     /// The pattern.
     #[command(flatten)]
     pub pattern: PatternOptions,
@@ -86,10 +91,12 @@ Numbers:
   64K is 65,536, 1M is 1,048,576, 1e6 is 1,000,000. Bytes are in KiB, MiB, GiB (2^10, 2^20, 2^30); pairs in k, M, G, T (powers
   of 1,000) count (query, key) pairs over all query heads and batch entries. Of the shardings the best is the one whose slowest
   rank has fewest pairs.
-  Backward bytes are the key/value rows once more, and the f32 gradients of the rows on their way home.
+  Backward bytes are the rows once more, and their gradients on the way home: f32, but rounded where heads are divided.
+  The picture shows whose positions are attended to; that does not depend on the strategy.
 
 Examples:
   plan --length 64K --ranks 4 --causal --sharding zigzag
+  plan --length 64K --ranks 8 --heads 8 --strategy mesh:4
   plan --length 1M --ranks 64 --window 64K,0 --document-lengths 600K,400K,24K
   plan --length 1e9 --ranks 1024 --segment-lengths 2048,64K,2M,64M,1e9 --dilation-rates 1,32,1024,32768,1048576
   plan --length 1M --ranks 16 --segment-lengths 64K,256K,1M --dilation-rates 1,4,16 --svg plan.svg --rank 5";
@@ -128,6 +135,7 @@ impl Options {
             .and_then(|spec| self.pattern.masked(spec))
             .map_err(Failure::input)?
             .with_dtype(self.dtype);
+        let spec = self.strategy.divide(spec)?;
         match self.rank {
             Some(rank) if rank >= self.ranks => Err(Failure::Input(format!(
                 "--rank {rank} does not exist: ranks are 0 to {}",

@@ -13,7 +13,7 @@ use plotters::{
     },
 };
 use rayon::prelude::*;
-use ring_core::{AttentionSpec, HeadOffsets, Mask, Mixing, Shape, SpecError};
+use ring_core::{AttentionSpec, HeadOffsets, Mask, Mixing, Shape, SpecError, Strategy};
 
 use super::{
     pixels::{Pixel, PixelLine, branch_alone},
@@ -71,12 +71,16 @@ struct Picture<'a> {
     rows: Vec<(usize, PixelLine)>,
 }
 
-/// The picture for one rank, as SVG.
+/// The picture for one rank, as SVG. Which positions its own attend to does not depend on who computes what.
 ///
 /// # Errors
 /// [`Failure::Input`] for a computation that cannot be.
 pub(super) fn draw(spec: &AttentionSpec, rank: usize) -> Result<String, Failure> {
-    let picture = Picture::new(spec, rank).map_err(Failure::input)?;
+    let ring = AttentionSpec {
+        strategy: Strategy::Ring,
+        ..spec.clone()
+    };
+    let picture = Picture::new(&ring, rank).map_err(Failure::input)?;
     let mut svg = String::new();
     let size = (
         (LEFT + COLUMNS as i32 + RIGHT) as u32,

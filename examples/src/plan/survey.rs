@@ -62,8 +62,10 @@ pub struct Totals {
     pub forward_received: u64,
     /// Bytes that travel in a backward pass.
     pub backward_received: u64,
-    /// Forward bytes by branch.
+    /// Forward bytes by branch; empty for strategies by which other rows travel than branches want.
     pub received_per_branch: Vec<u64>,
+    /// Forward bytes among ranks that divide heads.
+    pub forward_regrouped: u64,
 }
 
 /// How evenly something is spread.
@@ -88,6 +90,8 @@ pub struct Survey {
     pub ranks: usize,
     /// Who owns what.
     pub sharding: String,
+    /// How the ranks divide the computation.
+    pub strategy: String,
     /// Sizes of the tensors.
     pub model: Model,
     /// Element type.
@@ -185,6 +189,7 @@ impl Survey {
             length: spec.key_length,
             ranks: spec.world_size,
             sharding: spec.key_sharding.to_string(),
+            strategy: spec.strategy.to_string(),
             model: Model {
                 batch: spec.shape.batch,
                 heads: spec.shape.query_heads,
@@ -234,6 +239,7 @@ impl Totals {
             pairs: ranks.iter().map(|rank| rank.pairs).sum(),
             forward_received: sum(&|bytes| bytes.forward_received),
             backward_received: sum(&|bytes| bytes.backward_received),
+            forward_regrouped: sum(&|bytes| bytes.forward_regrouped),
             received_per_branch: (0..branches)
                 .map(|branch| sum(&|bytes| bytes.received_per_branch[branch]))
                 .collect(),

@@ -1,6 +1,6 @@
 //! The survey as text.
 
-use ring_core::{AttentionSpec, MemoryEstimate, Span};
+use ring_core::{AttentionSpec, CommunicationEstimate, MemoryEstimate, Span};
 
 use super::{
     comparison::Comparison,
@@ -33,10 +33,11 @@ fn header(spec: &AttentionSpec, survey: &Survey) -> String {
     let model = survey.model;
     let mut lines = vec![
         format!(
-            "{} tokens on {} ranks, {}",
+            "{} tokens on {} ranks, {}, {}",
             thousands(survey.length),
             thousands(survey.ranks),
-            survey.sharding
+            survey.sharding,
+            survey.strategy
         ),
         format!("pattern: {}", spec.pattern),
         format!(
@@ -183,53 +184,62 @@ fn positions(spans: &[Span]) -> String {
     }
 }
 
-/// Forward bytes by branch.
+/// Forward bytes by branch, or by what they are for.
 fn what_travels(survey: &Survey) -> String {
     let of_all = survey.totals.is_some();
-    let mut titles = vec!["received forward, by branch"];
+    let parts = received(survey);
+    let mut titles = vec!["received forward"];
     titles.extend(if of_all {
         &["min", "median", "max", "all ranks"][..]
     } else {
         &["this rank"][..]
     });
     let mut rows = vec![titles.into_iter().map(str::to_string).collect::<Vec<_>>()];
-    let ranks = &survey.per_rank;
-    let mut line = |name: String, values: Vec<u64>| {
-        let mut values = values;
+    for (name, mut values) in parts {
         values.sort_unstable();
-        let mut cells = vec![name];
+        let mut cells = vec![format!("  {name}")];
         if of_all {
-            let places = [0, ranks.len() / 2, ranks.len() - 1];
+            let places = [0, values.len() / 2, values.len() - 1];
             cells.extend(places.map(|place| bytes(values[place])));
         }
         cells.push(bytes(values.iter().sum()));
         rows.push(cells);
-    };
-    for (index, branch) in survey.branches.iter().enumerate() {
-        let segment = match branch.segment_length {
-            Some(length) => format!("segments of {}", tokens(length)),
-            None => "whole sequence".to_string(),
-        };
-        line(
-            format!("  {segment}, rate {}", tokens(branch.dilation_rate)),
-            ranks
-                .iter()
-                .map(|rank| rank.communication.received_per_branch[index])
-                .collect(),
-        );
     }
-    line(
-        "  all branches".to_string(),
-        ranks
-            .iter()
-            .map(|rank| rank.communication.forward_received)
-            .collect(),
-    );
     format!(
         "{}\n  (a ring that passes all keys and values round: {} per rank)",
         aligned(&rows),
         bytes(survey.plain_ring_received)
     )
+}
+
+/// The parts of what travels, each with the bytes of every rank.
+fn received(survey: &Survey) -> Vec<(String, Vec<u64>)> {
+    let of_ranks = |value: &dyn Fn(&CommunicationEstimate) -> u64| -> Vec<u64> {
+        let ranks = survey.per_rank.iter();
+        ranks.map(|rank| value(&rank.communication)).collect()
+    };
+    let by_branch = survey
+        .per_rank
+        .iter()
+        .all(|rank| rank.communication.received_per_branch.len() == survey.branches.len());
+    let mut parts = Vec::new();
+    for (index, branch) in survey.branches.iter().enumerate().filter(|_| by_branch) {
+        let segment = match branch.segment_length {
+            Some(length) => format!("segments of {}", tokens(length)),
+            None => "whole sequence".to_string(),
+        };
+        let name = format!("{segment}, rate {}", tokens(branch.dilation_rate));
+        parts.push((name, of_ranks(&|bytes| bytes.received_per_branch[index])));
+    }
+    if !by_branch {
+        let along =
+            |bytes: &CommunicationEstimate| bytes.forward_received - bytes.forward_regrouped;
+        parts.push(("keys and values of all branches".into(), of_ranks(&along)));
+        let among = of_ranks(&|bytes| bytes.forward_regrouped);
+        parts.push(("among ranks that divide heads".into(), among));
+    }
+    parts.push(("all".into(), of_ranks(&|bytes| bytes.forward_received)));
+    parts
 }
 
 /// What every sharding costs.
@@ -276,6 +286,7 @@ fn memory(survey: &Survey) -> String {
         amount("key and value", |estimate| estimate.key_value),
         amount("output and log-sum-exp", |estimate| estimate.output),
         amount("gradients", |estimate| estimate.gradients),
+        amount("rows of divided heads", |estimate| estimate.divided_heads),
         amount("exchange slots", |estimate| estimate.exchange_slots),
         amount("scratch", |estimate| estimate.scratch),
         amount("total", |estimate| estimate.total),

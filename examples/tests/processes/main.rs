@@ -10,15 +10,20 @@ mod launch;
 mod training;
 
 use std::{
+    collections::BTreeMap,
     env,
     panic::{AssertUnwindSafe, catch_unwind},
     process::ExitCode,
     time::Duration,
 };
 
-use golden_cases::{Case, SHARDINGS, path};
+use golden_cases::{Case, ROUNDINGS, SHARDINGS, path};
 use launch::{Launcher, TASK};
-use ring_examples::placement::{Placement, Wishes};
+use ring_core::Strategy;
+use ring_examples::{
+    attend::Input,
+    placement::{Placement, Wishes},
+};
 
 /// Longer than anything takes on a busy machine.
 const PATIENT: Duration = Duration::from_secs(60);
@@ -109,11 +114,56 @@ fn compute_golden_cases() {
     .unwrap();
     for case in Case::all() {
         for sharding in SHARDINGS {
-            if let Some(got) = case.compute_on(&placement, &["--sharding", sharding]) {
-                let how = format!("on {} processes, {sharding}", placement.world_size());
-                case.check(&got, &how);
+            compute_golden_case(&case, sharding, &placement);
+        }
+    }
+    for case in Case::some_to_round() {
+        for (dtype, _) in ROUNDINGS {
+            for strategy in strategies(&case, &placement) {
+                let more = ["--sharding=zigzag", "--dtype", dtype];
+                let more = [&more[..], &["--strategy", &strategy]].concat();
+                if let Some(got) = case.compute_on(&placement, &more) {
+                    expect_those_of_threads(&case, &placement, &more, &got);
+                }
             }
         }
+    }
+}
+
+/// By every strategy: the numbers of the file, and those of threads to the bit.
+fn compute_golden_case(case: &Case, sharding: &str, placement: &Placement) {
+    for strategy in strategies(case, placement) {
+        let more = ["--sharding", sharding, "--strategy", &strategy];
+        if let Some(got) = case.compute_on(placement, &more) {
+            let ranks = placement.world_size();
+            let how = format!("on {ranks} processes, {sharding}, {strategy}");
+            case.check(&got, &how);
+            expect_those_of_threads(case, placement, &more, &got);
+        }
+    }
+}
+
+/// Those that can serve.
+fn strategies(case: &Case, placement: &Placement) -> Vec<String> {
+    let options = case.request(&[]);
+    let input = Input::open(&options).unwrap();
+    let spec = options.spec(&input, placement.world_size()).unwrap();
+    let names = Strategy::candidates(&spec).into_iter();
+    names.map(|strategy| strategy.to_string()).collect()
+}
+
+fn expect_those_of_threads(
+    case: &Case,
+    placement: &Placement,
+    more: &[&str],
+    got: &BTreeMap<&'static str, Vec<f32>>,
+) {
+    let ranks = placement.world_size().to_string();
+    let expected = case.compute(&[more, &["--ranks", &ranks]].concat());
+    for (name, expected) in expected {
+        let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        let same = bits(&expected) == bits(&got[name]);
+        assert!(same, "{name} of {}, {more:?}, on {ranks}", case.name);
     }
 }
 
