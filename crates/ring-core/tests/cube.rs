@@ -11,7 +11,8 @@ use ring_comm::{
     buffer::{Buffer, DType, HostBuffer},
 };
 use ring_core::{
-    AttentionSpec, DropoutSeed, Inputs, Pattern, Plan, Saved, Shape, Sharding, backward, forward,
+    AttentionSpec, DropoutSeed, Inputs, Pattern, Plan, Saved, Shape, Sharding, Strategy, backward,
+    forward,
 };
 use ring_kernels::{
     CpuKernels, CubeBuffer, CubeDevice, CubeKernels, Kernels, RowLayout, Tensor,
@@ -105,7 +106,7 @@ fn run<B: Buffer>(
 }
 
 fn on_cpu(spec: &AttentionSpec) -> Vec<Vec<HostBuffer>> {
-    let results = Loopback::run(RANKS, DEADLINE, |endpoint| {
+    let results = Loopback::run(spec.world_size, DEADLINE, |endpoint| {
         let communicator = Communicator::new(Arc::new(endpoint));
         let kernels = CpuKernels::new(1).unwrap();
         run(
@@ -120,7 +121,7 @@ fn on_cpu(spec: &AttentionSpec) -> Vec<Vec<HostBuffer>> {
 }
 
 fn on_device(spec: &AttentionSpec, device: &CubeDevice) -> Vec<Vec<HostBuffer>> {
-    let results = Loopback::run(RANKS, DEADLINE, |endpoint| {
+    let results = Loopback::run(spec.world_size, DEADLINE, |endpoint| {
         let communicator = Communicator::new(Arc::new(endpoint)).staged(device.clone());
         let kernels = CubeKernels::new(device.clone()).unwrap();
         let up = |host: HostBuffer| CubeBuffer::from_host(device, &host).unwrap();
@@ -172,31 +173,68 @@ const DTYPES: &[(DType, f64)] = &[
     (DType::BF16, 1e-2),
 ];
 
+fn check(spec: &AttentionSpec, tolerance: f64, device: &CubeDevice) {
+    let ranks = on_device(spec, device).into_iter().zip(on_cpu(spec));
+    for (rank, (got, expected)) in ranks.enumerate() {
+        for (index, (got, expected)) in got.iter().zip(&expected).enumerate() {
+            let error = relative_error(got, expected);
+            assert!(
+                error < tolerance,
+                "rank {rank}, result {index}: {error:e}, of {spec:?}"
+            );
+        }
+    }
+}
+
+fn spec(pattern: &Pattern, sharding: Sharding, ranks: usize, dtype: DType) -> AttentionSpec {
+    AttentionSpec::new(pattern.clone(), SHAPE, 200)
+        .and_then(|spec| spec.sharded(sharding, ranks))
+        .unwrap()
+        .with_dtype(dtype)
+}
+
+fn longnet() -> Pattern {
+    Pattern::dilated(&[32, 96, 200], &[1, 2, 4]).unwrap()
+}
+
 #[test]
 fn ranks_on_a_device_compute_what_ranks_on_the_cpu_do() {
     let device = CubeDevice::new(client());
-    let longnet = Pattern::dilated(&[32, 96, 200], &[1, 2, 4]).unwrap();
     for (pattern, sharding) in [
         (Pattern::full(), Sharding::Contiguous),
         (Pattern::full().causal(), Sharding::Zigzag),
-        (longnet.clone().causal(), Sharding::Contiguous),
-        (longnet, Sharding::Zigzag),
+        (longnet().causal(), Sharding::Contiguous),
+        (longnet(), Sharding::Zigzag),
     ] {
         for (dtype, tolerance) in DTYPES.iter().copied() {
-            let spec = AttentionSpec::new(pattern.clone(), SHAPE, 200)
-                .and_then(|spec| spec.sharded(sharding, RANKS))
-                .unwrap()
-                .with_dtype(dtype);
-            let ranks = on_device(&spec, &device).into_iter().zip(on_cpu(&spec));
-            for (rank, (got, expected)) in ranks.enumerate() {
-                for (index, (got, expected)) in got.iter().zip(&expected).enumerate() {
-                    let error = relative_error(got, expected);
-                    assert!(
-                        error < tolerance,
-                        "{pattern}, {sharding}, {dtype}, rank {rank}, result {index}: {error:e}"
-                    );
-                }
+            check(&spec(&pattern, sharding, RANKS, dtype), tolerance, &device);
+        }
+    }
+}
+
+#[test]
+fn strategies_on_a_device_compute_what_they_do_on_the_cpu() {
+    let device = CubeDevice::new(client());
+    for (strategy, ranks, sharding) in [
+        (Strategy::RingQuery, 3, Sharding::Zigzag),
+        (Strategy::AllGather, 3, Sharding::Contiguous),
+        (Strategy::HeadParallel, 2, Sharding::Zigzag),
+        (Strategy::Mesh { head_ranks: 2 }, 4, Sharding::Contiguous),
+        (Strategy::OneRank, 2, Sharding::Contiguous),
+    ] {
+        for (dtype, tolerance) in DTYPES.iter().copied() {
+            // Slopes and dropped weights belong to heads, wherever these are.
+            let mut spec = spec(&longnet().causal(), sharding, ranks, dtype);
+            if strategy == Strategy::RingQuery {
+                // With grouped heads keys would be fewer bytes, and queries stay.
+                spec.shape.kv_heads = spec.shape.query_heads;
             }
+            let spec = spec
+                .with_alibi_slopes(vec![0.01, 0.02, 0.04, 0.08])
+                .and_then(|spec| spec.with_dropout(0.2))
+                .and_then(|spec| spec.with_strategy(strategy))
+                .unwrap();
+            check(&spec, tolerance, &device);
         }
     }
 }
