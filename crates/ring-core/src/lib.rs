@@ -11,6 +11,10 @@
 //! - *hop*: one exchange with one peer on each side. *Slot*: the buffer that holds the rows a hop brought.
 //! - *step*: what a rank computes between two exchanges. *Block*: query rows x key rows of a step.
 
+// The property tests share their cases, which know this crate by its name.
+#[cfg(test)]
+extern crate self as ring_core;
+
 mod cost;
 mod documents;
 mod driver;
@@ -23,6 +27,7 @@ mod pattern;
 mod place;
 mod plan;
 mod progression;
+mod recovery;
 mod regroup;
 mod schedule;
 mod selection;
@@ -34,11 +39,12 @@ mod walk;
 pub use cost::{Auto, Choice, Cost, MachineModel};
 pub use documents::Documents;
 pub use driver::{DropoutSeed, Gradients, Inputs, Output, Saved, backward, forward};
-pub use error::Error;
+pub use error::{Error, Refusal};
 pub use estimate::{CommunicationEstimate, MemoryEstimate};
 pub use hilbert::{GridError, HilbertOrder};
 pub use pattern::{Branch, HeadOffsets, MAX_LENGTH, Mixing, Pattern, PatternError};
 pub use plan::{Exchange, HeadWork, Message, Plan, PlannedBlock, Source, Step};
+pub use recovery::{Recovery, RecoveryPolicy, RecoveryStatistics};
 pub use regroup::{Member, Regroup};
 pub use ring_kernels::Mask;
 pub use sharding::{Sharding, Span};
