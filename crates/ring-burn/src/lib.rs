@@ -68,8 +68,8 @@ pub use ring_comm::{
 #[cfg(feature = "mpi")]
 pub use ring_comm::{Mpi, MpiError};
 pub use ring_core::{
-    Documents, GridError, HeadOffsets, HilbertOrder, Mask, Mixing, Pattern, PatternError, Sharding,
-    Span, SpecError,
+    Documents, GridError, HeadOffsets, HilbertOrder, Mask, Mixing, Pattern, PatternError, Recovery,
+    RecoveryPolicy, RecoveryStatistics, Sharding, Span, SpecError,
 };
 /// The generator behind all dropout.
 pub use ring_kernels::philox;

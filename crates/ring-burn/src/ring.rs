@@ -7,7 +7,7 @@ use std::{
 };
 
 use ring_comm::{Communicator, buffer::HostBuffer};
-use ring_core::{AttentionSpec, Documents, Plan, Sharding, Span};
+use ring_core::{AttentionSpec, Documents, Plan, Recovery, Sharding, Span};
 use ring_kernels::CpuKernels;
 #[cfg(feature = "cube")]
 use ring_kernels::{CubeBuffer, CubeDevice, CubeKernels, KernelError, cubecl::client::Client};
@@ -45,6 +45,7 @@ pub struct Ring {
     key_lengths: Option<Arc<[usize]>>,
     seed: u64,
     first_batch_entry: usize,
+    recovery: Option<Recovery>,
     plans: Arc<Mutex<Vec<Arc<Plan>>>>,
     /// Kernels and communicators for the GPUs that tensors were found on.
     #[cfg(feature = "cube")]
@@ -81,6 +82,7 @@ impl Ring {
             key_lengths: None,
             seed: 0,
             first_batch_entry: 0,
+            recovery: None,
             plans: Arc::default(),
             #[cfg(feature = "cube")]
             devices: Arc::default(),
@@ -217,6 +219,38 @@ impl Ring {
             first_batch_entry: entry,
             ..self
         }
+    }
+
+    /// The same place, where attention recovers from refused memory: every pass reserves what it needs before ranks exchange anything,
+    /// and all try again with less if one cannot. Results are the same bits. Give every rank one of the same policy; clones
+    /// of it, [`Recovery::statistics`] among them, tell what happened. On a GPU, kernels need what they need, and a retry only
+    /// releases what is kept between calls.
+    ///
+    /// Memory that is refused for good is [`RingError::Run`] with `ring_core::Error::Memory` in a forward, on all ranks, after which the group is
+    /// as good as before. A backward cannot return an error: it panics, on all ranks.
+    ///
+    /// ```
+    /// use burn::tensor::{Device, Distribution, Tensor};
+    /// use ring_burn::{Recovery, RecoveryPolicy, Ring, RingAttentionConfig};
+    ///
+    /// let draw = || Tensor::<4>::random([1, 2, 100, 8], Distribution::Default, &Device::flex());
+    /// let recovery = Recovery::new(RecoveryPolicy::default());
+    /// let ring = Ring::single(100)?.with_recovery(recovery.clone());
+    /// RingAttentionConfig::new().init().forward(draw(), draw(), draw(), &ring);
+    /// assert_eq!((recovery.statistics().passes, recovery.statistics().refusals), (1, 0));
+    /// # Ok::<(), ring_burn::RingError>(())
+    /// ```
+    #[must_use]
+    pub fn with_recovery(self, recovery: Recovery) -> Self {
+        Self {
+            recovery: Some(recovery),
+            ..self
+        }
+    }
+
+    /// How attention recovers, if it does.
+    pub fn recovery(&self) -> Option<&Recovery> {
+        self.recovery.as_ref()
     }
 
     /// This rank.

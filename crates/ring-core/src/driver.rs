@@ -191,7 +191,10 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
     }
 
     /// Records the whole pass, and leaves a trace that is complete so far.
-    pub(crate) fn traced<T>(&self, pass: impl FnOnce(&Self) -> Result<T, Error>) -> Result<T, Error> {
+    pub(crate) fn traced<T>(
+        &self,
+        pass: impl FnOnce(&Self) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let Exchanger {
             communicator,
             operation,
@@ -222,7 +225,11 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
         })
     }
 
-    pub(crate) fn backward(&self, inputs: Inputs<'_, B>, saved: Saved<'_, B>) -> Result<Gradients<B>, Error> {
+    pub(crate) fn backward(
+        &self,
+        inputs: Inputs<'_, B>,
+        saved: Saved<'_, B>,
+    ) -> Result<Gradients<B>, Error> {
         self.check_dtypes(inputs)?;
         let delta = self.delta(&saved)?;
         let of_queries = BackwardInputs {

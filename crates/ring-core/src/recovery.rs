@@ -213,7 +213,9 @@ impl Recovery {
                 .release_memory()
                 .map_err(|source| kernel_failed(run, source))?;
             run.exchanger.communicator.buffers().release();
-            let some_have_less = votes.iter().any(|vote| vote.refused.is_some() && vote.has_less);
+            let some_have_less = votes
+                .iter()
+                .any(|vote| vote.refused.is_some() && vote.has_less);
             if number >= self.policy.retries || !some_have_less {
                 return Err(self.gave_up(run, attempt, refusals));
             }
@@ -306,7 +308,13 @@ impl Recovery {
         drop(state);
         if number > 0 {
             let (rank, pass) = (run.exchanger.communicator.rank(), run.exchanger.pass.name());
-            tracing::info!(rank, level, attempt = number, pass, "recovered from refused memory");
+            tracing::info!(
+                rank,
+                level,
+                attempt = number,
+                pass,
+                "recovered from refused memory"
+            );
         }
     }
 
@@ -315,7 +323,15 @@ impl Recovery {
         let (rank, pass) = (run.exchanger.communicator.rank(), run.exchanger.pass.name());
         let (level, number) = (attempt.next_level, attempt.number + 1);
         for &Refusal { rank: of, bytes } in refusals {
-            tracing::warn!(rank, level, bytes, attempt = number, pass, of, "trying again");
+            tracing::warn!(
+                rank,
+                level,
+                bytes,
+                attempt = number,
+                pass,
+                of,
+                "trying again"
+            );
         }
     }
 

@@ -55,12 +55,15 @@ fn a_rank_that_panics_anywhere_is_an_error_of_all_who_wait() {
 #[test]
 fn a_rank_that_leaves_is_found_out_by_the_vote_and_logged() {
     let spec = spec(3, DType::F32, Strategy::Ring);
+    let all_have_passed = Barrier::new(3);
     let results = Loopback::run(3, DEADLINE, |endpoint| {
         let communicator = Communicator::new(Arc::new(endpoint));
         let rank = communicator.rank();
         let plan = Plan::new(&spec, rank).unwrap();
         let (kernels, recovery) = (CpuKernels::new(1).unwrap(), new_recovery());
-        recovered(&recovery, &kernels, &communicator, &plan).unwrap();
+        let first = recovered(&recovery, &kernels, &communicator, &plan);
+        all_have_passed.wait();
+        first.unwrap();
         let again = || recovered(&recovery, &kernels, &communicator, &plan);
         (rank != LOST).then(|| (Events::of(again), recovery.statistics()))
     });
@@ -125,7 +128,7 @@ fn refusals_retries_and_what_became_of_them_are_logged() {
     let levels = |events: &[(Level, String)]| -> Vec<Level> {
         events.iter().map(|&(level, _)| level).collect()
     };
-    assert_eq!(events(0), [[]; 3]);
+    assert!(events(0).iter().all(Vec::is_empty));
     let (warn, info, error) = (Level::WARN, Level::INFO, Level::ERROR);
     for (rank, events) in events(2).iter().enumerate() {
         let expected = match rank {

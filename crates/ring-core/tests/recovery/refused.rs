@@ -90,7 +90,11 @@ fn whatever_was_refused_while_it_was_reserved_is_had_later_and_changes_nothing()
                     (call, if rank == last { times } else { 0 })
                 });
                 for (rank, (result, statistics)) in ended.into_iter().enumerate() {
-                    assert_eq!(result.as_ref(), Ok(&expected[rank]), "call {call}, {spec:?}");
+                    assert_eq!(
+                        result.as_ref(),
+                        Ok(&expected[rank]),
+                        "call {call}, {spec:?}"
+                    );
                     let refusals = if rank == last { times as u64 } else { 0 };
                     let expected = RecoveryStatistics {
                         passes: 2,
@@ -137,15 +141,23 @@ fn a_refusal_in_the_middle_of_a_pass_is_an_error_of_all_who_wait() {
 
 #[test]
 fn what_is_refused_for_ever_is_told_to_all_and_a_smaller_computation_goes_on() {
-    for spec in specs() {
+    for (spec, backward) in specs()
+        .into_iter()
+        .flat_map(|spec| [(spec.clone(), false), (spec, true)])
+    {
         let (expected, last) = (expected(&spec), last_rank(&spec));
+        let calls: Vec<bool> = (0..).map_while(|call| is_reserved(&spec, call)).collect();
+        // The first call of a pass, the first of all or the next one that is reserved.
+        let later = calls.windows(2).position(|calls| calls == [false, true]);
+        let first = if backward { later.unwrap() + 1 } else { 0 };
+        let pass = if backward { "backward" } else { "forward" };
         let results = Loopback::run(spec.world_size, DEADLINE, |endpoint| {
             let communicator = Communicator::new(Arc::new(endpoint));
             let rank = communicator.rank();
             let plan = Plan::new(&spec, rank).unwrap();
             let healthy = CpuKernels::new(1).unwrap();
             let times = if rank == last { usize::MAX } else { 0 };
-            let failing = FailingAllocations::new(healthy.clone(), 0, times);
+            let failing = FailingAllocations::new(healthy.clone(), first, times);
             let recovery = Recovery::new(retries(9));
             let refused = recovered(&recovery, &failing, &communicator, &plan);
             let after = recovered(&recovery, &healthy, &communicator, &plan);
@@ -156,7 +168,7 @@ fn what_is_refused_for_ever_is_told_to_all_and_a_smaller_computation_goes_on() {
             let error = refused.unwrap_err();
             let bytes = REFUSED_BYTES as u64;
             let memory = Error::Memory {
-                pass: "forward",
+                pass,
                 // As they were, without what was kept, levels 1 and 2.
                 attempts: 4,
                 refusals: vec![Refusal { rank: last, bytes }],
