@@ -7,6 +7,7 @@
 
 mod messages;
 mod needs;
+mod policy;
 mod reserved;
 #[cfg(test)]
 mod tests;
@@ -21,52 +22,13 @@ use ring_comm::{
 };
 use ring_kernels::{KernelError, Kernels};
 
+pub use self::policy::{RecoveryPolicy, RecoveryStatistics};
 use self::{needs::Needs, reserved::Reserved, vote::Vote};
 use crate::{
     driver::{Gradients, Inputs, Output, Run, Saved},
     error::{Error, Refusal},
     plan::Plan,
 };
-
-/// How far a [`Recovery`] goes. All ranks must have the same.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RecoveryPolicy {
-    /// Most attempts at a pass beyond the first.
-    pub retries: u32,
-    /// After so many passes without a refusal, the next one tries to compute with more memory and speed again, by a level. Needs
-    /// retries.
-    pub passes_per_level: u64,
-}
-
-impl Default for RecoveryPolicy {
-    /// 4 retries; up a level after 256 passes.
-    fn default() -> Self {
-        Self {
-            retries: 4,
-            passes_per_level: 256,
-        }
-    }
-}
-
-/// What one rank has gone through.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RecoveryStatistics {
-    /// Passes begun, forward and backward.
-    pub passes: u64,
-    /// Allocations refused to this rank, those in the middle of a pass among them.
-    pub refusals: u64,
-    /// Attempts beyond the first of each pass, whichever rank was refused memory; the same number on all ranks.
-    pub retries: u64,
-    /// Passes that could run after a retry; the same number on all ranks.
-    pub recovered: u64,
-    /// Passes that ended with [`Error::Memory`]; the same number on all ranks.
-    pub given_up: u64,
-    /// Passes that ended because another rank failed, left, or did not answer in time.
-    pub lost_peers: u64,
-    /// The level of [`Kernels::with_less_memory`] that the next pass begins with, or the one above it if it is time to try that; the
-    /// same on all ranks. A rank that has no such level computes at its last.
-    pub level: u32,
-}
 
 /// Runs passes so that refused memory is tried for again, with less, and so that every failure is counted and logged.
 ///
@@ -75,8 +37,9 @@ pub struct RecoveryStatistics {
 /// a pass that could run in spite of them (info), and for one that was given up or ended by a failure (errors).
 ///
 /// A pass costs one small all-gather more than without, before its first message, and holds from its beginning what it would have
-/// allocated on its way: with 16-bit inputs the room for rounded results, and messages if heads are divided. Measured on a shared machine of two
-/// cores, two loopback ranks of one thread, COST_PLACEHOLDER
+/// allocated on its way: with 16-bit inputs the room for rounded results, and messages if heads are divided. Measured on two busy cores,
+/// two loopback ranks of one thread, 64 positions, 4 heads of 16: 19 to 25 µs more than 26 to 43 µs (median) for a forward pass where
+/// neither rank waited, 5 to 20 µs more than 80 µs for a backward pass.
 ///
 /// ```
 /// use ring_comm::Communicator;
