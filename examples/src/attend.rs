@@ -62,7 +62,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     if options.measures() {
         let line = serde_json::to_string(&Measurement::new(options, &input, &outcome, peak_rss_mb))
             .map_err(|error| Failure::Run(error.to_string()))?;
-        print(&format!("{line}\n"))?;
+        print(format!("{line}\n"))?;
     }
     Ok(())
 }

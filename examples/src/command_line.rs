@@ -77,10 +77,10 @@ pub fn run<Options: Parser>(program: impl FnOnce(&Options) -> Result<(), Failure
 ///
 /// # Errors
 /// [`Failure::Run`] if standard output cannot be written.
-pub fn print(text: &str) -> Result<(), Failure> {
+pub fn print(text: impl AsRef<[u8]>) -> Result<(), Failure> {
     let mut output = io::stdout().lock();
     let written = output
-        .write_all(text.as_bytes())
+        .write_all(text.as_ref())
         .and_then(|()| output.flush());
     match written {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Run(format!(

@@ -5,9 +5,11 @@ use burn::{
     module::{Flag, Module, Param},
     tensor::Tensor,
 };
-use ring_core::{HeadOffsets, Mixing, Pattern};
+use ring_comm::buffer::DType;
+use ring_core::{HeadOffsets, Mixing, Pattern, Shape};
 
 use crate::{
+    cache::KeyValueCache,
     computation::Attention,
     error::RingError,
     ring::Ring,
@@ -205,6 +207,15 @@ macro_rules! attention_module {
                 self.attention.pattern()
             }
 
+            /// How this attention, of f32 tensors of such heads, is divided among the ranks of a ring, and why: in plain words, with
+            /// what other strategies would cost.
+            ///
+            /// # Errors
+            /// [`RingError::Spec`] for a computation that is not possible, or a strategy that cannot serve.
+            pub fn explain(&self, shape: Shape, ring: &Ring) -> Result<String, RingError> {
+                self.attention.explain(shape, DType::F32, ring)
+            }
+
             /// Attention of this rank's queries to all keys of the group.
             ///
             /// # Shapes
@@ -258,6 +269,51 @@ macro_rules! attention_module {
             ) -> Result<AttentionOutput, RingError> {
                 self.attention
                     .forward([query, key, value], self.training.is_enabled(), ring)
+            }
+
+            /// [`try_forward`](Self::try_forward) on a prompt, whose keys and values go to a new cache, each rank's to its own; then
+            /// [`try_decode`](Self::try_decode) goes on. Without gradients or dropout.
+            ///
+            /// # Errors
+            /// As [`try_forward`](Self::try_forward); [`RingError::Value`] for tensors on an autodiff device or a GPU and for a cache
+            /// that is not empty; [`RingError::Run`] for a pattern that is not causal, documents, padding, cross-attention.
+            pub fn try_prefill(
+                &self,
+                query: Tensor<4>,
+                key: Tensor<4>,
+                value: Tensor<4>,
+                ring: &Ring,
+                cache: &mut KeyValueCache,
+            ) -> Result<Tensor<4>, RingError> {
+                self.attention
+                    .prefill([query, key, value], ring, cache)
+                    .map(|result| result.output)
+            }
+
+            /// Attention of the next tokens to the whole sequence so far, themselves among it; what
+            /// [`try_forward`](Self::try_forward) on the whole sequence would give for them, to rounding.
+            ///
+            /// One message in a tree of ranks and one back, whatever the length of the sequence; where the tokens stand, the cache
+            /// knows, and the ring's sequence length does not matter. An empty cache begins a sequence.
+            ///
+            /// # Shapes
+            /// - query: `[batch, query_heads, tokens, head_dim]`; key, value: `[batch, kv_heads, tokens, head_dim]`: the same on all
+            ///   ranks
+            /// - output: as the query, the same bits on all ranks
+            ///
+            /// # Errors
+            /// [`RingError`] for tensors that do not fit each other or the cache, that are on an autodiff device or a GPU, for a
+            /// failed exchange, and if the ranks' caches differ in length. An error on one rank reaches them all and ends the
+            /// group; the caches are not to be used any more.
+            pub fn try_decode(
+                &self,
+                query: Tensor<4>,
+                key: Tensor<4>,
+                value: Tensor<4>,
+                ring: &Ring,
+                cache: &mut KeyValueCache,
+            ) -> Result<Tensor<4>, RingError> {
+                self.attention.decode([query, key, value], ring, cache)
             }
         }
     };

@@ -45,6 +45,15 @@ impl Attention {
         let job = self
             .job([&query, &key, &value], training, ring)
             .inspect_err(|error| ring.tell_others(error))?;
+        self.run(job, [query, key, value])
+    }
+
+    /// Does a job.
+    pub(crate) fn run(
+        &self,
+        job: Job,
+        [query, key, value]: [Tensor<4>; 3],
+    ) -> Result<AttentionOutput, RingError> {
         let (output, log_sum_exp) = Dispatch::ring_attention(
             query.into_dispatch(),
             key.into_dispatch(),
@@ -60,8 +69,30 @@ impl Attention {
         }
     }
 
+    /// The computation over the ring's group, on its batch, as yet undivided; weights are dropped if it `drops`.
+    pub(crate) fn spec(
+        &self,
+        shape: Shape,
+        dtype: buffer::DType,
+        drops: bool,
+        ring: &Ring,
+    ) -> Result<AttentionSpec, RingError> {
+        let spec = AttentionSpec::new(self.pattern.clone(), shape, 0)?.with_dtype(dtype);
+        ring.spec(self.scores.of(spec, drops)?)
+    }
+
+    /// How the ring divides this attention of tensors of a shape, and why.
+    pub(crate) fn explain(
+        &self,
+        shape: Shape,
+        dtype: buffer::DType,
+        ring: &Ring,
+    ) -> Result<String, RingError> {
+        ring.explain(&self.spec(shape, dtype, false, ring)?)
+    }
+
     /// Checks the tensors and plans the computation.
-    fn job(
+    pub(crate) fn job(
         &self,
         [query, key, value]: [&Tensor<4>; 3],
         training: bool,
@@ -78,11 +109,10 @@ impl Attention {
         {
             return Err(RingError::MixedAutodiff);
         }
-        let dtype = element_type(&named)?;
+        let dtype = element_type([query, key, value])?;
         let shape = shape_of(query, key, value, ring)?;
         let drops = training && autodiff;
-        let spec = AttentionSpec::new(self.pattern.clone(), shape, 0)?.with_dtype(dtype);
-        let spec = ring.spec(self.scores.of(spec, drops)?)?;
+        let spec = ring.divided(self.spec(shape, dtype, drops, ring)?)?;
         let seed = self.scores.seed(&spec, ring)?;
         let plan = ring.plan(&spec)?;
         Ok(Job::new(ring.clone(), plan, seed))
@@ -121,9 +151,10 @@ fn has_kernels(device: &Device) -> bool {
     device == Device::flex()
 }
 
-fn element_type(named: &[(&'static str, &Tensor<4>); 3]) -> Result<buffer::DType, RingError> {
-    let first = named[0].1.dtype();
-    for (what, tensor) in named {
+/// The element type that query, key and value have in common.
+pub(crate) fn element_type(tensors: [&Tensor<4>; 3]) -> Result<buffer::DType, RingError> {
+    let first = tensors[0].dtype();
+    for (what, tensor) in ["query", "key", "value"].into_iter().zip(tensors) {
         let dtype = tensor.dtype();
         if dtype != first || !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
             return Err(RingError::DType {

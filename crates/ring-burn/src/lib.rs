@@ -43,6 +43,7 @@
 //! with [`sum_gradients`]; the `train` feature has a burn-train strategy that does so ([`RingStrategy`]).
 
 mod attention;
+mod cache;
 mod computation;
 mod error;
 mod gradient;
@@ -57,6 +58,7 @@ mod strategy;
 pub use attention::{
     AttentionOutput, DilatedAttention, DilatedAttentionConfig, RingAttention, RingAttentionConfig,
 };
+pub use cache::KeyValueCache;
 pub use error::RingError;
 pub use gradient::{parameter_checksum, sum_gradients};
 pub use hilbert::{from_hilbert_order, shard_cells, to_hilbert_order};
@@ -68,8 +70,9 @@ pub use ring_comm::{
 #[cfg(feature = "mpi")]
 pub use ring_comm::{Mpi, MpiError};
 pub use ring_core::{
-    Documents, GridError, HeadOffsets, HilbertOrder, Mask, Mixing, Pattern, PatternError, Recovery,
-    RecoveryPolicy, RecoveryStatistics, Sharding, Span, SpecError,
+    Auto, Choice, Cost, Documents, GridError, HeadOffsets, HilbertOrder, MachineModel, Mask,
+    Mixing, Pattern, PatternError, Recovery, RecoveryPolicy, RecoveryStatistics, Shape, Sharding,
+    Span, SpecError, Strategy,
 };
 /// The generator behind all dropout.
 pub use ring_kernels::philox;

@@ -7,7 +7,7 @@ use std::{
 };
 
 use ring_comm::{Communicator, buffer::HostBuffer};
-use ring_core::{AttentionSpec, Documents, Plan, Recovery, Sharding, Span};
+use ring_core::{AttentionSpec, Auto, Choice, Documents, Plan, Recovery, Sharding, Span, Strategy};
 use ring_kernels::CpuKernels;
 #[cfg(feature = "cube")]
 use ring_kernels::{CubeBuffer, CubeDevice, CubeKernels, KernelError, cubecl::client::Client};
@@ -22,6 +22,15 @@ use std::sync::MutexGuard;
 const CACHED_PLANS: usize = 32;
 /// Of these, plans of one module that differ in the documents and the padding of the batch alone.
 const CACHED_BATCHES: usize = 2;
+
+/// How computations are divided among the ranks.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Division {
+    /// By one strategy.
+    By(Strategy),
+    /// By the one that costs least.
+    Auto(Auto),
+}
 
 /// What a sequence-parallel module needs to know beside its inputs: the group, how sequences are sharded over it, and the batch
 /// at hand: how long its sequences are, which documents they consist of, where they end. Cheap to clone.
@@ -47,6 +56,9 @@ pub struct Ring {
     first_batch_entry: usize,
     recovery: Option<Recovery>,
     plans: Arc<Mutex<Vec<Arc<Plan>>>>,
+    division: Option<Division>,
+    /// What was chosen for computations, as they are without a batch of their own.
+    choices: Arc<Mutex<Vec<(AttentionSpec, Auto, Choice)>>>,
     /// Kernels and communicators for the GPUs that tensors were found on.
     #[cfg(feature = "cube")]
     devices: Arc<Mutex<Vec<Site<CubeBuffer, CubeKernels>>>>,
@@ -84,6 +96,8 @@ impl Ring {
             first_batch_entry: 0,
             recovery: None,
             plans: Arc::default(),
+            division: None,
+            choices: Arc::default(),
             #[cfg(feature = "cube")]
             devices: Arc::default(),
         })
@@ -251,6 +265,47 @@ impl Ring {
     /// How attention recovers, if it does.
     pub fn recovery(&self) -> Option<&Recovery> {
         self.recovery.as_ref()
+    }
+
+    /// The same place, with computations divided among the ranks by `strategy`; without one it is [`Strategy::Ring`]. Results are
+    /// the same, to rounding. All ranks give the same; a strategy that cannot serve is refused when attention is computed.
+    ///
+    /// ```
+    /// use ring_burn::{Ring, Strategy};
+    /// let ring = Ring::single(4096)?.with_strategy(Strategy::HeadParallel);
+    /// assert_eq!(ring.strategy(), Some(Strategy::HeadParallel));
+    /// # Ok::<(), ring_burn::RingError>(())
+    /// ```
+    #[must_use]
+    pub fn with_strategy(self, strategy: Strategy) -> Self {
+        Self {
+            division: Some(Division::By(strategy)),
+            ..self
+        }
+    }
+
+    /// The same place, with computations divided by the strategy that costs least ([`Auto`]). All ranks give the same.
+    ///
+    /// It is chosen when a computation is first met, and kept for later batches of other documents and padding.
+    #[must_use]
+    pub fn with_auto(self, auto: Auto) -> Self {
+        Self {
+            division: Some(Division::Auto(auto)),
+            ..self
+        }
+    }
+
+    /// The strategy, if one was given.
+    pub fn strategy(&self) -> Option<Strategy> {
+        match self.division {
+            Some(Division::By(strategy)) => Some(strategy),
+            _ => None,
+        }
+    }
+
+    /// Whether a strategy, or a way to choose one, was given.
+    pub fn is_division_given(&self) -> bool {
+        self.division.is_some()
     }
 
     /// This rank.
@@ -431,6 +486,54 @@ impl Ring {
         Ok(spec)
     }
 
+    /// The same computation, divided among the ranks as this ring says.
+    pub(crate) fn divided(&self, spec: AttentionSpec) -> Result<AttentionSpec, RingError> {
+        let strategy = match self.division {
+            None => Strategy::Ring,
+            Some(Division::By(strategy)) => strategy,
+            Some(Division::Auto(auto)) => self.choice(&spec, auto)?.strategy,
+        };
+        Ok(spec.with_strategy(strategy)?)
+    }
+
+    /// What `auto` chooses for a computation.
+    pub(crate) fn choice(&self, spec: &AttentionSpec, auto: Auto) -> Result<Choice, RingError> {
+        let lasting = without_batch(spec);
+        let mut choices = self.choices.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = choices
+            .iter()
+            .position(|(of, by, _)| (of, *by) == (&lasting, auto));
+        let found = match known {
+            Some(index) => choices.remove(index),
+            None => {
+                let choice = auto.choose(spec)?;
+                (lasting, auto, choice)
+            }
+        };
+        let choice = found.2.clone();
+        if choices.len() == CACHED_PLANS {
+            choices.remove(0);
+        }
+        choices.push(found);
+        Ok(choice)
+    }
+
+    /// How this ring divides a computation, and why, in plain words.
+    pub(crate) fn explain(&self, spec: &AttentionSpec) -> Result<String, RingError> {
+        let told = |strategy: Strategy, why: &str| -> Result<String, RingError> {
+            let spec = spec.clone().with_strategy(strategy)?;
+            let costs = Auto::default().choose(&spec)?;
+            Ok(format!(
+                "{strategy}, because {why}; by cost it would be {costs}"
+            ))
+        };
+        match self.division {
+            None => told(Strategy::Ring, "nothing else was asked for"),
+            Some(Division::By(strategy)) => told(strategy, "it was asked for"),
+            Some(Division::Auto(auto)) => Ok(self.choice(spec, auto)?.explain()),
+        }
+    }
+
     /// This rank's plan for a computation; made once, then reused.
     pub(crate) fn plan(&self, spec: &AttentionSpec) -> Result<Arc<Plan>, RingError> {
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
@@ -441,11 +544,6 @@ impl Ring {
         }
         let plan = Arc::new(Plan::new(spec, self.rank())?);
         // What was planned for the documents and the padding of another batch will hardly be asked for again.
-        let without_batch = |spec: &AttentionSpec| AttentionSpec {
-            documents: None,
-            key_lengths: None,
-            ..spec.clone()
-        };
         if without_batch(spec) != *spec {
             let is_other_batch = |plan: &Arc<Plan>| {
                 let of_plan = without_batch(plan.spec());
@@ -462,5 +560,14 @@ impl Ring {
         }
         plans.push(Arc::clone(&plan));
         Ok(plan)
+    }
+}
+
+/// A computation without what belongs to one batch.
+fn without_batch(spec: &AttentionSpec) -> AttentionSpec {
+    AttentionSpec {
+        documents: None,
+        key_lengths: None,
+        ..spec.clone()
     }
 }

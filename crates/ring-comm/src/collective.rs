@@ -4,7 +4,12 @@
 //! same on all ranks, in every run and over every transport. All ranks must call the same functions in the same order
 //! (see [`communicator`](crate::Communicator)).
 
+mod tree;
+
 use std::ops::Range;
+
+pub use self::tree::all_reduce_merged;
+pub(crate) use self::tree::parent;
 
 use crate::{
     buffer::{Buffer, DType, HostBuffer},

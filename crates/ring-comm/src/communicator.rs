@@ -349,7 +349,7 @@ impl<B: Buffer> Communicator<B> {
     }
 
     /// Every rank reaches the same verdict by itself; the first one poisons the group with it.
-    fn disagree(&self, mut disagreement: Disagreement) -> CommError {
+    pub(crate) fn disagree(&self, mut disagreement: Disagreement) -> CommError {
         let global = |rank| self.transport().global_rank(rank);
         disagreement.culprit = global(disagreement.culprit);
         disagreement.reference = global(disagreement.reference);

@@ -131,15 +131,16 @@ pub enum CommErrorKind {
 #[derive(Clone, Debug, PartialEq, Eq, Error, Serialize, Deserialize)]
 #[error("rank {culprit} has {field} = {theirs}, rank {reference} has {ours}")]
 pub struct Disagreement {
-    /// The first rank that differs from the first of its group.
+    /// The first rank that differs from the one it is compared with.
     pub culprit: Rank,
-    /// The first rank of the group: rank 0, unless it was split off.
+    /// The rank it is compared with: the first of the group (rank 0, unless it was split off), or where the values of a
+    /// [reduction](crate::collective::all_reduce_merged) met.
     pub reference: Rank,
     /// The field in which it differs.
     pub field: String,
     /// Its value there.
     pub theirs: String,
-    /// The value on the first rank.
+    /// The value on the rank it is compared with.
     pub ours: String,
 }
 

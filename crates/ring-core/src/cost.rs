@@ -1,5 +1,7 @@
 //! Which strategy pays: the time that plans would take on a machine ([`MachineModel`]), and the choice of the least ([`Auto`]).
 
+mod measure;
+
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -354,5 +356,87 @@ fn bytes(bytes: u64) -> String {
         b if b >= 1e9 => format!("{:.2} GB", b / 1e9),
         b if b >= 1e6 => format!("{:.2} MB", b / 1e6),
         b => format!("{:.1} kB", b / 1e3),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Pattern, Shape, Sharding};
+
+    fn spec(pattern: Pattern, length: usize, ranks: usize, heads: usize) -> AttentionSpec {
+        let shape = Shape {
+            batch: 1,
+            query_heads: heads,
+            kv_heads: heads,
+            head_dim: 64,
+        };
+        AttentionSpec::new(pattern, shape, length)
+            .and_then(|spec| spec.sharded(Sharding::Contiguous, ranks))
+            .unwrap()
+    }
+
+    fn chosen(auto: Auto, spec: &AttentionSpec) -> Strategy {
+        auto.choose(spec).unwrap().strategy
+    }
+
+    #[test]
+    fn one_rank_needs_no_division_and_short_sequences_stay_on_one() {
+        let auto = Auto::default();
+        let full = Pattern::full;
+        assert_eq!(chosen(auto, &spec(full(), 100_000, 1, 8)), Strategy::Ring);
+        assert_eq!(chosen(auto, &spec(full(), 255, 4, 8)), Strategy::OneRank);
+        assert_ne!(chosen(auto, &spec(full(), 256, 4, 8)), Strategy::OneRank);
+        let explained = auto.choose(&spec(full(), 255, 4, 8)).unwrap().explain();
+        assert!(explained.contains("255 keys"), "{explained}");
+    }
+
+    #[test]
+    fn what_stays_within_shards_stays_a_ring() {
+        let local = Pattern::dilated(&[1024, 4096], &[1, 2]).unwrap();
+        let choice = Auto::default().choose(&spec(local, 1 << 15, 8, 8)).unwrap();
+        assert_eq!(choice.strategy, Strategy::Ring);
+        assert_eq!(choice.candidates[0].1.bytes_received, 0);
+    }
+
+    #[test]
+    fn uneven_causal_work_is_divided_by_heads_unless_ranks_share_cores() {
+        let causal = spec(Pattern::full().causal(), 1 << 14, 4, 8);
+        let auto = Auto::default();
+        let choice = auto.choose(&causal).unwrap();
+        assert_eq!(choice.strategy, Strategy::HeadParallel, "{choice}");
+        let explained = choice.explain();
+        assert!(explained.contains("less evenly"), "{explained}");
+        let zigzag = causal.sharded(Sharding::Zigzag, 4).unwrap();
+        let cost = auto.cost(&zigzag).unwrap();
+        assert!(cost.imbalance < 1.01);
+    }
+
+    #[test]
+    fn a_network_without_latency_but_narrow_favours_what_sends_least() {
+        let machine = MachineModel {
+            bytes_per_second: 1e6,
+            latency_seconds: 0.0,
+            ..MachineModel::default()
+        };
+        let auto = Auto {
+            machine,
+            ..Auto::default()
+        };
+        // All heads are wanted by all ranks: of every row 3/4 travel in a ring, 3/16 there and back by heads.
+        let dense = spec(Pattern::full(), 1 << 13, 4, 8);
+        let choice = auto.choose(&dense).unwrap();
+        let least = choice.candidates.iter();
+        let least = least.min_by_key(|(_, cost)| cost.bytes_received).unwrap();
+        assert_eq!(choice.strategy, least.0, "{choice}");
+    }
+
+    #[test]
+    fn every_rank_chooses_alike_whatever_the_spec_said_before() {
+        let ring = spec(Pattern::full(), 4096, 4, 8);
+        let mesh = Strategy::Mesh { head_ranks: 2 };
+        let other = ring.clone().with_strategy(mesh).unwrap();
+        let auto = Auto::default();
+        assert_eq!(auto.choose(&ring).unwrap(), auto.choose(&other).unwrap());
     }
 }

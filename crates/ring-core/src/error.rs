@@ -6,7 +6,7 @@ use ring_comm::{CommError, buffer::DType};
 use ring_kernels::KernelError;
 use thiserror::Error;
 
-use crate::spec::SpecError;
+use crate::{cache::CacheError, spec::SpecError};
 
 /// A distributed attention that could not be computed.
 #[derive(Clone, Debug, PartialEq, Error)]
@@ -14,6 +14,9 @@ pub enum Error {
     /// The computation is not possible.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// The key/value cache does not fit.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
     /// A kernel failed; all ranks of the group are told.
     #[error("attention kernel failed on rank {rank}: {source}")]
     Kernel {

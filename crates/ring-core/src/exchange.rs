@@ -545,7 +545,7 @@ pub(crate) fn check_plan<B: Buffer>(
 }
 
 /// Ends the group because this rank cannot go on: its peers must not wait for it. Alone, nothing is lost by an error.
-fn tell_others<B: Buffer>(communicator: &Communicator<B>, error: &Error) {
+pub(crate) fn tell_others<B: Buffer>(communicator: &Communicator<B>, error: &Error) {
     if communicator.world_size() > 1 {
         communicator.abort(&error.to_string());
     }

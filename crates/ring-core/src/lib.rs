@@ -1,7 +1,8 @@
 //! Ring dilated attention, free of any framework: what is computed, who owns and sends what, and the loop that does it.
 //!
 //! Data flows one way: [`Pattern`] and [`Sharding`] make an [`AttentionSpec`], which gives every rank its [`Plan`]; [`forward`]
-//! and [`backward`] walk the plan over any kernels and any transport.
+//! and [`backward`] walk the plan over any kernels and any transport. A [`KeyValueCache`] goes on from there: [`decode`] attends from a
+//! few new tokens to all that came before.
 //!
 //! # Words
 //!
@@ -15,7 +16,9 @@
 #[cfg(test)]
 extern crate self as ring_core;
 
+mod cache;
 mod cost;
+mod decode;
 mod documents;
 mod driver;
 mod error;
@@ -36,7 +39,9 @@ mod spec;
 mod strategy;
 mod walk;
 
+pub use cache::{CacheError, KeyValueCache};
 pub use cost::{Auto, Choice, Cost, MachineModel};
+pub use decode::{Decoded, NewTokens, decode};
 pub use documents::Documents;
 pub use driver::{DropoutSeed, Gradients, Inputs, Output, Saved, backward, forward};
 pub use error::{Error, Refusal};

@@ -655,7 +655,7 @@ fn runs_of(
 }
 
 /// A progression of positions as rows of the piece that holds them.
-fn rows_of(piece: &Piece, positions: Progression) -> Rows {
+pub(crate) fn rows_of(piece: &Piece, positions: Progression) -> Rows {
     let first = positions.first().expect("pruned sets are never empty");
     Rows {
         first_row: piece.row(first),

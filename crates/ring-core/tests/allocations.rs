@@ -14,7 +14,8 @@ use ring_comm::{
     buffer::{Buffer, DType, HostBuffer, HostView},
 };
 use ring_core::{
-    AttentionSpec, DropoutSeed, Inputs, Pattern, Plan, Saved, Shape, Sharding, backward, forward,
+    AttentionSpec, DropoutSeed, Inputs, KeyValueCache, NewTokens, Pattern, Plan, Saved, Shape,
+    Sharding, backward, decode, forward,
 };
 use ring_kernels::{
     BackwardInputs, ForwardState, HeadBlocks, KernelError, Kernels, KeyValue, KeyValueGradient,
@@ -366,4 +367,66 @@ fn ranks_of_different_size_and_plans_in_turn_settle_too() {
         let [_, second, third] = result.unwrap();
         assert_eq!(second, third);
     }
+}
+
+/// What every rank allocates for some tokens after a prompt of `length` positions, of which it holds many pieces.
+fn decoding(length: usize) -> Vec<Vec<Count>> {
+    let shape = Shape {
+        batch: 1,
+        query_heads: 4,
+        kv_heads: 4,
+        head_dim: 1,
+    };
+    let pattern = Pattern::dilated(&[32, 128], &[1, 2]).unwrap().causal();
+    let sharding = Sharding::Striped {
+        chunk_size: Some(16),
+    };
+    let spec = AttentionSpec::new(pattern, shape, length)
+        .and_then(|spec| spec.sharded(sharding, 4))
+        .unwrap();
+    let results = Loopback::run(4, Duration::from_secs(60), |endpoint| {
+        let communicator = Communicator::new(Arc::new(endpoint));
+        let rows = spec.problem(communicator.rank()).keys;
+        let (prompt, of_prompt) = (
+            HostBuffer::zeros(DType::F32, 4 * rows),
+            RowLayout::contiguous(4, rows, 1),
+        );
+        let (token, of_token) = (
+            HostBuffer::zeros(DType::F32, 4),
+            RowLayout::contiguous(4, 1, 1),
+        );
+        let prompt = Tensor {
+            data: prompt.view(),
+            layout: &of_prompt,
+        };
+        let token = Tensor {
+            data: token.view(),
+            layout: &of_token,
+        };
+        let rank = communicator.rank();
+        let mut cache = KeyValueCache::new(&Idle, &spec, rank, prompt, prompt).unwrap();
+        let tokens = NewTokens {
+            count: 1,
+            query: token,
+            key: token,
+            value: token,
+        };
+        let mut next = || decode(&Idle, &communicator, &mut cache, tokens).unwrap();
+        // A chunk on every rank: each has added to its memory once, and needs no more for the next tokens.
+        (0..4 * 64).for_each(|_| drop(next()));
+        (0..20).map(|_| counted(&mut next).1).collect()
+    });
+    results.into_iter().map(Result::unwrap).collect()
+}
+
+/// Neither a list of all pieces nor a copy of the cache: what a token sees counts, not how long the sequence is.
+#[test]
+fn a_decoded_token_allocates_little_however_long_the_sequence() {
+    let (short, long) = (decoding(4096), decoding(1 << 20));
+    for counts in short.iter().chain(&long) {
+        for count in counts {
+            assert!(count.allocations < 60 && count.largest < 4096, "{count:?}");
+        }
+    }
+    assert_eq!(short, long);
 }

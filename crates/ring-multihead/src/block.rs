@@ -6,7 +6,7 @@ use burn::{
     nn::{LayerNorm, Linear, LinearConfig},
     tensor::{Device, Tensor, activation::gelu},
 };
-use ring_burn::{Ring, RingError};
+use ring_burn::{KeyValueCache, Ring, RingError};
 
 use crate::{
     dropout::PositionDropout,
@@ -81,8 +81,53 @@ impl LongNetBlock {
         rotary: Option<&Rotary>,
         ring: &Ring,
     ) -> Result<Tensor<3>, RingError> {
-        let normed = self.attention_norm.forward(input.clone());
-        let attended = self.attention.try_forward_rotated(normed, rotary, ring)?;
+        let attend = |normed| self.attention.try_forward_rotated(normed, rotary, ring);
+        let (residual, output) = self.around(input, attend)?;
+        Ok(residual + self.dropout.forward(output, ring))
+    }
+
+    /// Runs the block on a prompt, whose keys and values go to a new cache.
+    ///
+    /// # Errors
+    /// As [`MultiheadDilatedAttention::try_prefill`].
+    pub fn try_prefill(
+        &self,
+        input: Tensor<3>,
+        rotary: Option<&Rotary>,
+        ring: &Ring,
+        cache: &mut KeyValueCache,
+    ) -> Result<Tensor<3>, RingError> {
+        let attend = |normed| self.attention.try_prefill(normed, rotary, ring, cache);
+        let (residual, output) = self.around(input, attend)?;
+        Ok(residual + output)
+    }
+
+    /// Runs the block on the next tokens.
+    ///
+    /// # Shapes
+    /// - input, output: `[batch, tokens, embed_dim]`, the same on all ranks
+    ///
+    /// # Errors
+    /// As [`MultiheadDilatedAttention::try_decode`].
+    pub fn try_decode(
+        &self,
+        input: Tensor<3>,
+        rotary: Option<&Rotary>,
+        ring: &Ring,
+        cache: &mut KeyValueCache,
+    ) -> Result<Tensor<3>, RingError> {
+        let attend = |normed| self.attention.try_decode(normed, rotary, ring, cache);
+        let (residual, output) = self.around(input, attend)?;
+        Ok(residual + output)
+    }
+
+    /// What is around the attention: the input with the attention added, and what the feed-forward part would add to it.
+    fn around(
+        &self,
+        input: Tensor<3>,
+        attend: impl FnOnce(Tensor<3>) -> Result<Tensor<3>, RingError>,
+    ) -> Result<(Tensor<3>, Tensor<3>), RingError> {
+        let attended = attend(self.attention_norm.forward(input.clone()))?;
         let residual = input + attended;
         let hidden = gelu(
             self.expand
@@ -92,7 +137,6 @@ impl LongNetBlock {
             Some(norm) => norm.forward(hidden),
             None => hidden,
         };
-        let output = self.dropout.forward(self.contract.forward(hidden), ring);
-        Ok(residual + output)
+        Ok((residual, self.contract.forward(hidden)))
     }
 }

@@ -115,11 +115,11 @@ impl LongNetConfig {
 /// A causal language model that reads token `i` at position `i` and predicts token `i + 1`, its sequence sharded over ranks.
 #[derive(Module, Debug)]
 pub struct LongNet {
-    embedding: Embedding,
+    pub(crate) embedding: Embedding,
     /// The blocks, first to last.
     pub blocks: Vec<LongNetBlock>,
-    norm: LayerNorm,
-    head: Linear,
+    pub(crate) norm: LayerNorm,
+    pub(crate) head: Linear,
 }
 
 impl LongNet {
@@ -148,7 +148,7 @@ impl LongNet {
     pub fn try_forward(&self, tokens: Tensor<2, Int>, ring: &Ring) -> Result<Tensor<3>, RingError> {
         let mut hidden = self.embedding.forward(tokens);
         let first = self.blocks.first().expect("a model has a block");
-        let rotary = first.attention.rotary(ring, &hidden.device());
+        let rotary = first.attention.rotary(ring, &hidden.device())?;
         for block in &self.blocks {
             hidden = block.try_forward(hidden, rotary.as_ref(), ring)?;
         }

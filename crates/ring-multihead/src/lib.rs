@@ -19,6 +19,7 @@
 mod block;
 mod dropout;
 mod factory;
+mod generation;
 mod language_model;
 mod multihead;
 mod rotary;
@@ -30,6 +31,7 @@ pub mod weights;
 pub use block::{LongNetBlock, LongNetBlockConfig};
 pub use dropout::PositionDropout;
 pub use factory::{AttentionKind, create_multihead_dilated_attention};
+pub use generation::LongNetCache;
 pub use language_model::{LongNet, LongNetConfig, next_token_loss};
 pub use multihead::{MultiheadDilatedAttention, MultiheadDilatedAttentionConfig};
 pub use rotary::Rotary;

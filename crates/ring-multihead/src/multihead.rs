@@ -7,8 +7,8 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use ring_burn::{
-    DilatedAttention, DilatedAttentionConfig, HeadOffsets, Mixing, Ring, RingAttention,
-    RingAttentionConfig, RingError, alibi_slopes,
+    DilatedAttention, DilatedAttentionConfig, HeadOffsets, HilbertOrder, KeyValueCache, Mixing,
+    Ring, RingAttention, RingAttentionConfig, RingError, Shape, alibi_slopes, shard_cells,
 };
 
 use crate::{dropout::PositionDropout, factory::AttentionKind, rotary::Rotary};
@@ -65,6 +65,8 @@ pub struct MultiheadDilatedAttentionConfig {
     /// How branches are mixed.
     #[config(default = "Mixing::LongNet")]
     pub mixing: Mixing,
+    /// The grid whose tokens the sequence holds in the order of its Hilbert curve: rotary positions are then those of the cells.
+    pub grid: Option<HilbertOrder>,
 }
 
 impl MultiheadDilatedAttentionConfig {
@@ -85,7 +87,7 @@ impl MultiheadDilatedAttentionConfig {
     /// [`RingError::Pattern`] for bad lists; [`RingError::Window`] and [`RingError::Spec`] as
     /// [`RingAttentionConfig::try_init`](ring_burn::RingAttentionConfig::try_init).
     pub fn try_init(&self, device: &Device) -> Result<MultiheadDilatedAttention, RingError> {
-        self.init_kind(AttentionKind::Auto, device)
+        self.init_kind(AttentionKind::Ring, device)
     }
 
     pub(crate) fn init_kind(
@@ -94,6 +96,10 @@ impl MultiheadDilatedAttentionConfig {
         device: &Device,
     ) -> Result<MultiheadDilatedAttention, RingError> {
         let kv_heads = self.check()?;
+        if kind == AttentionKind::Hilbert && self.grid.is_none() {
+            let message = "attention of kind hilbert needs the grid in its configuration";
+            return Err(RingError::Value(message.into()));
+        }
         let head_dim = self.embed_dim / self.num_heads;
         let kv_dim = kv_heads * head_dim;
         let linear = |output: usize| {
@@ -115,6 +121,7 @@ impl MultiheadDilatedAttentionConfig {
             num_kv_heads: kv_heads,
             head_dim,
             rotary_base: self.rotary_base,
+            grid: self.grid.clone(),
             kind,
         })
     }
@@ -229,6 +236,8 @@ pub struct MultiheadDilatedAttention {
     head_dim: usize,
     rotary_base: Option<f64>,
     #[module(skip)]
+    grid: Option<HilbertOrder>,
+    #[module(skip)]
     kind: AttentionKind,
 }
 
@@ -245,11 +254,36 @@ impl MultiheadDilatedAttention {
         self.kind
     }
 
-    /// The rotary table of this rank's positions, if the module has rotary positions. Layers of the same head size can share
-    /// one.
-    pub fn rotary(&self, ring: &Ring, device: &Device) -> Option<Rotary> {
-        let positions: Vec<i64> = ring.positions().iter().map(|&at| at as i64).collect();
-        self.rotary_at(&positions, device)
+    /// The rotary table of this rank's positions, or of its cells of the grid, if the module has rotary positions. Layers of the
+    /// same head size can share one.
+    ///
+    /// # Errors
+    /// [`RingError::Shape`] for a grid of another number of cells than there are positions.
+    pub fn rotary(&self, ring: &Ring, device: &Device) -> Result<Option<Rotary>, RingError> {
+        let positions = match &self.grid {
+            Some(grid) => shard_cells(grid, ring)?,
+            None => ring.positions(),
+        };
+        let positions: Vec<i64> = positions.iter().map(|&at| at as i64).collect();
+        Ok(self.rotary_at(&positions, device))
+    }
+
+    /// How attention of a batch of so many entries is divided among the ranks, and why, in plain words.
+    ///
+    /// # Errors
+    /// [`RingError`] for a computation that is not possible, or a strategy that cannot serve.
+    pub fn explain(&self, batch: usize, ring: &Ring) -> Result<String, RingError> {
+        let shape = Shape {
+            batch,
+            query_heads: self.num_heads,
+            kv_heads: self.num_kv_heads,
+            head_dim: self.head_dim,
+        };
+        let ring = self.kind.on(ring)?;
+        match &self.attention {
+            Attention::Full(attention) => attention.explain(shape, &ring),
+            Attention::Dilated(attention) => attention.explain(shape, &ring),
+        }
     }
 
     /// The rotary table of positions of one's own, one for each of this rank's rows: of tokens that stand elsewhere in the
@@ -277,7 +311,7 @@ impl MultiheadDilatedAttention {
     /// # Errors
     /// [`RingError`] for an input that does not fit the shard or the module, and for a failed exchange.
     pub fn try_forward(&self, input: Tensor<3>, ring: &Ring) -> Result<Tensor<3>, RingError> {
-        let rotary = self.rotary(ring, &input.device());
+        let rotary = self.rotary(ring, &input.device())?;
         self.try_forward_rotated(input, rotary.as_ref(), ring)
     }
 
@@ -292,8 +326,82 @@ impl MultiheadDilatedAttention {
         ring: &Ring,
     ) -> Result<Tensor<3>, RingError> {
         self.check(&input, ring)?;
-        let [batch, rows, embed_dim] = input.dims();
-        check_positions(rotary, rows)?;
+        check_positions(rotary, input.dims()[1])?;
+        let [query, key, value] = self.project(input, rotary);
+        let on = self.kind.on(ring)?;
+        let attended = match &self.attention {
+            Attention::Full(attention) => attention.try_forward(query, key, value, &on)?,
+            Attention::Dilated(attention) => attention.try_forward(query, key, value, &on)?,
+        };
+        Ok(self.dropout.forward(self.conclude(attended), ring))
+    }
+
+    /// [`try_forward_rotated`](Self::try_forward_rotated) on a prompt, whose keys and values go to a new cache. Without gradients or
+    /// dropout.
+    ///
+    /// # Errors
+    /// As [`try_forward`](Self::try_forward), and as [`RingAttention::try_prefill`].
+    pub fn try_prefill(
+        &self,
+        input: Tensor<3>,
+        rotary: Option<&Rotary>,
+        ring: &Ring,
+        cache: &mut KeyValueCache,
+    ) -> Result<Tensor<3>, RingError> {
+        self.check(&input, ring)?;
+        check_positions(rotary, input.dims()[1])?;
+        let [query, key, value] = self.project(input, rotary);
+        let on = self.kind.on(ring)?;
+        let attended = match &self.attention {
+            Attention::Full(attention) => attention.try_prefill(query, key, value, &on, cache)?,
+            Attention::Dilated(attention) => {
+                attention.try_prefill(query, key, value, &on, cache)?
+            }
+        };
+        Ok(self.conclude(attended))
+    }
+
+    /// Attention of the next tokens to all before them: what [`try_forward`](Self::try_forward) on the whole sequence would give, to
+    /// rounding. `rotary` is that of their positions ([`rotary_at`](Self::rotary_at)).
+    ///
+    /// # Shapes
+    /// - input, output: `[batch, tokens, embed_dim]`, the same on all ranks
+    ///
+    /// # Errors
+    /// [`RingError::Shape`] for another size of vectors; else as [`RingAttention::try_decode`].
+    pub fn try_decode(
+        &self,
+        input: Tensor<3>,
+        rotary: Option<&Rotary>,
+        ring: &Ring,
+        cache: &mut KeyValueCache,
+    ) -> Result<Tensor<3>, RingError> {
+        let embed_dim = self.num_heads * self.head_dim;
+        if input.dims()[2] != embed_dim {
+            return Err(RingError::Shape {
+                what: "the input",
+                got: input.dims().to_vec(),
+                expected: format!("[batch, tokens, {embed_dim}]"),
+            });
+        }
+        if self.grid.is_some() {
+            let message = "tokens after those of a grid have no cell: it cannot be decoded further";
+            return Err(RingError::Value(message.into()));
+        }
+        check_positions(rotary, input.dims()[1])?;
+        let [query, key, value] = self.project(input, rotary);
+        let attended = match &self.attention {
+            Attention::Full(attention) => attention.try_decode(query, key, value, ring, cache)?,
+            Attention::Dilated(attention) => {
+                attention.try_decode(query, key, value, ring, cache)?
+            }
+        };
+        Ok(self.conclude(attended))
+    }
+
+    /// Queries, keys and values, `[batch, heads, rows, head_dim]`.
+    fn project(&self, input: Tensor<3>, rotary: Option<&Rotary>) -> [Tensor<4>; 3] {
+        let [batch, rows, _] = input.dims();
         let heads = |projected: Tensor<3>, heads: usize| {
             projected.reshape([batch, rows, heads, self.head_dim])
         };
@@ -305,17 +413,19 @@ impl MultiheadDilatedAttention {
         let key = rotate(heads(self.key.forward(input.clone()), self.num_kv_heads));
         let value = heads(self.value.forward(input), self.num_kv_heads);
         // The kernels read strided rows: no copy for the swapped dimensions.
-        let [query, key, value] = [query, key, value].map(|tensor| tensor.swap_dims(1, 2));
-        let attended = match &self.attention {
-            Attention::Full(attention) => attention.try_forward(query, key, value, ring)?,
-            Attention::Dilated(attention) => attention.try_forward(query, key, value, ring)?,
-        };
-        let attended = attended.swap_dims(1, 2).reshape([batch, rows, embed_dim]);
-        let attended = match &self.norm {
+        [query, key, value].map(|tensor| tensor.swap_dims(1, 2))
+    }
+
+    /// From what the heads attended to, to the output, `[batch, rows, embed_dim]`.
+    fn conclude(&self, attended: Tensor<4>) -> Tensor<3> {
+        let [batch, heads, rows, head_dim] = attended.dims();
+        let attended = attended
+            .swap_dims(1, 2)
+            .reshape([batch, rows, heads * head_dim]);
+        self.output.forward(match &self.norm {
             Some(norm) => norm.forward(attended),
             None => attended,
-        };
-        Ok(self.dropout.forward(self.output.forward(attended), ring))
+        })
     }
 
     fn check(&self, input: &Tensor<3>, ring: &Ring) -> Result<(), RingError> {
@@ -344,7 +454,7 @@ impl MultiheadDilatedAttention {
                     .into(),
             ));
         }
-        self.kind.check(ring)
+        self.kind.on(ring).map(drop)
     }
 }
 

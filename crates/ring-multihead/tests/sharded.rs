@@ -8,7 +8,7 @@ use burn::{
         dataset::DatasetError,
     },
     lr_scheduler::constant::ConstantLr,
-    module::{Module, ModuleVisitor, Param},
+    module::{Module, ModuleMapper, ModuleVisitor, Param},
     optim::{GradientsParams, SgdConfig},
     tensor::{Device, Distribution, Tensor, TensorData},
     train::{
@@ -18,8 +18,8 @@ use burn::{
     },
 };
 use ring_burn::{
-    Communicator, HostBuffer, Loopback, Ring, RingError, RingStrategy, SequenceItem, Sharding,
-    shard_tensor, sum_gradients,
+    Communicator, HilbertOrder, HostBuffer, Loopback, Ring, RingError, RingStrategy, SequenceItem,
+    Sharding, shard_tensor, sum_gradients,
 };
 use ring_multihead::{
     AttentionKind, LongNet, LongNetConfig, MultiheadDilatedAttentionConfig, SequenceLoss,
@@ -192,36 +192,123 @@ fn self_attention_refuses_a_ring_for_cross_attention() {
         .unwrap();
 }
 
+/// Output and gradient of the input of one layer of a kind, whole, computed on so many ranks.
+fn of_kind(kind: AttentionKind, ranks: usize) -> Vec<f32> {
+    let device = Device::flex().autodiff();
+    let config = MultiheadDilatedAttentionConfig::new(24, 4, vec![8, 40], vec![1, 2])
+        .with_causal(true)
+        .with_rotary_base(Some(100.0))
+        .with_grid((kind == AttentionKind::Hilbert).then(|| HilbertOrder::new(&[5, 8]).unwrap()));
+    let fixed = config.clone().init(&device).materialize();
+    let record = fixed.map(&mut Deterministic(0.3)).into_record();
+    let input = Tensor::<3>::from_data(
+        TensorData::new(
+            (0..40 * 24)
+                .map(|i| ((i * 37 % 101) as f32) / 50.0 - 1.0)
+                .collect::<Vec<_>>(),
+            [1, 40, 24],
+        ),
+        &Device::flex(),
+    );
+    let parts = Loopback::run::<HostBuffer, _>(ranks, DEADLINE, |endpoint| {
+        let communicator = Communicator::new(Arc::new(endpoint));
+        let ring = Ring::new(communicator, Sharding::Zigzag, 40).unwrap();
+        let device = Device::flex().autodiff();
+        let layer = create_multihead_dilated_attention(kind, &config, &device)
+            .unwrap()
+            .load_record(record.clone());
+        let own = shard_tensor(input.clone(), 1, &ring).unwrap();
+        let own = Tensor::<3>::from_data(own.into_data(), &device).require_grad();
+        let output = layer.try_forward(own.clone(), &ring).unwrap();
+        let gradients = (output.clone() * output.clone()).sum().backward();
+        let explained = layer.explain(1, &ring).unwrap();
+        assert!(explained.contains("because"), "{explained}");
+        let numbers = |tensor: Tensor<3>| tensor.into_data().iter::<f32>().collect::<Vec<_>>();
+        (
+            ring.positions(),
+            numbers(output.inner()),
+            numbers(own.grad(&gradients).unwrap()),
+        )
+    });
+    let mut whole = vec![f32::NAN; 2 * 40 * 24];
+    for part in parts {
+        let (positions, output, gradient) = part.unwrap();
+        for (row, position) in positions.into_iter().enumerate() {
+            let own = row * 24..(row + 1) * 24;
+            whole[position * 24..][..24].copy_from_slice(&output[own.clone()]);
+            whole[(40 + position) * 24..][..24].copy_from_slice(&gradient[own]);
+        }
+    }
+    whole
+}
+
+/// Sets every parameter to numbers that follow from its size alone.
+struct Deterministic(f32);
+
+impl ModuleMapper for Deterministic {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let scale = self.0;
+        param.map(|tensor| {
+            let shape = tensor.dims();
+            let count: usize = shape.iter().product();
+            let numbers = (0..count).map(|i| scale * (((i * 29 + 7) % 83) as f32 / 41.0 - 1.0));
+            let data = TensorData::new(numbers.collect::<Vec<f32>>(), shape);
+            Tensor::from_data(data, &tensor.device())
+        })
+    }
+}
+
 #[test]
-fn kinds_run_where_they_can() {
+fn kinds_give_the_same_numbers_on_any_number_of_ranks() {
+    let expected = of_kind(AttentionKind::Standard, 1);
+    for (kind, ranks) in [
+        ("auto", 4),
+        ("auto", 1),
+        ("ring", 3),
+        ("ring-query", 3),
+        ("all-gather", 3),
+        ("head-parallel", 4),
+        ("mesh:2", 4),
+    ] {
+        let got = of_kind(kind.parse().unwrap(), ranks);
+        for (got, expected) in got.iter().zip(&expected) {
+            assert!((got - expected).abs() < 1e-5, "{kind} on {ranks} ranks");
+        }
+    }
+    // Other positions, other numbers; but the same on any number of ranks.
+    let on_one = of_kind(AttentionKind::Hilbert, 1);
+    assert_ne!(on_one, expected);
+    for (got, expected) in of_kind(AttentionKind::Hilbert, 3).iter().zip(&on_one) {
+        assert!((got - expected).abs() < 1e-5);
+    }
+}
+
+#[test]
+fn kinds_that_cannot_run_say_why() {
     let device = Device::flex();
     let config = MultiheadDilatedAttentionConfig::new(16, 2, vec![8], vec![1]);
-    let input = Tensor::<3>::zeros([1, 8, 16], &device);
-    let make = |kind| create_multihead_dilated_attention(kind, &config, &device).unwrap();
-    for kind in [
-        AttentionKind::Auto,
-        AttentionKind::Standard,
-        AttentionKind::Ring,
+    let input = Tensor::<3>::zeros([1, 9, 16], &device);
+    let make =
+        |kind: &str| create_multihead_dilated_attention(kind.parse().unwrap(), &config, &device);
+    let error = make("hilbert").unwrap_err().to_string();
+    assert!(error.contains("grid"), "{error}");
+    for (kind, told) in [
+        ("standard", "one rank"),
+        ("head-parallel", "2 key/value heads"),
+        ("mesh:2", "3 ranks"),
     ] {
-        let ring = Ring::single(8).unwrap();
-        make(kind).try_forward(input.clone(), &ring).unwrap();
+        let layer = make(kind).unwrap();
+        let refused = Loopback::run::<HostBuffer, _>(3, DEADLINE, |endpoint| {
+            let communicator = Communicator::new(Arc::new(endpoint));
+            let ring = Ring::new(communicator, Sharding::Contiguous, 9).unwrap();
+            let own = shard_tensor(input.clone(), 1, &ring).unwrap();
+            layer.try_forward(own, &ring).unwrap_err().to_string()
+        });
+        for error in refused {
+            let error = error.unwrap();
+            assert!(error.contains(told), "{error}");
+        }
     }
-    let standard = make(AttentionKind::Standard);
-    let refused = Loopback::run::<HostBuffer, _>(2, DEADLINE, |endpoint| {
-        let ring = Ring::new(
-            Communicator::new(Arc::new(endpoint)),
-            Sharding::Contiguous,
-            8,
-        )
-        .unwrap();
-        let own = shard_tensor(input.clone(), 1, &ring).unwrap();
-        standard.try_forward(own, &ring).unwrap_err().to_string()
-    });
-    assert!(
-        refused
-            .iter()
-            .all(|error| error.as_ref().unwrap().contains("one rank"))
-    );
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! The programs on ranks that are processes: the same numbers as on threads, and the same care with what can be wrong.
 //!
-//! Run without arguments of its own, this program starts `attend`, `train` and itself as torchrun would, and, with the feature `mpi`,
+//! Run without arguments of its own, this program starts `attend`, `train`, `generate` and itself as torchrun would, and, with the feature `mpi`,
 //! under `mpirun`; as a rank it computes the golden cases. Words on the command line choose among the tests.
 
+mod generation;
 #[path = "../golden_cases/mod.rs"]
 mod golden_cases;
 mod launch;
@@ -31,7 +32,7 @@ const LAUNCHERS: &[Launcher] = &[
 /// A test: its name, and what it does.
 type Test = (&'static str, fn(Launcher));
 
-const TESTS: [Test; 11] = [
+const TESTS: [Test; 12] = [
     ("golden numbers", golden_numbers),
     (
         "attend writes files and measures",
@@ -45,6 +46,10 @@ const TESTS: [Test; 11] = [
     (
         "losses of data groups are those of threads",
         training::data_groups,
+    ),
+    (
+        "a text is continued as on threads",
+        generation::texts_are_those_of_threads,
     ),
     ("a checkpoint of threads resumes", training::resume),
     (

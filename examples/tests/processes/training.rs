@@ -30,7 +30,7 @@ const SMALL: [&str; 18] = [
 ];
 
 /// A directory with a text that has something to learn.
-fn workplace() -> TempDir {
+pub(crate) fn workplace() -> TempDir {
     let directory = tempfile::tempdir().unwrap();
     let line = "the quick brown fox jumps over the lazy dog; ";
     fs::write(directory.path().join("text.txt"), line.repeat(150)).unwrap();
@@ -38,7 +38,7 @@ fn workplace() -> TempDir {
 }
 
 /// The command that trains the small model on the text of `directory`.
-fn command(directory: &Path, artifacts: &str, more: &[&str]) -> Vec<String> {
+pub(crate) fn command(directory: &Path, artifacts: &str, more: &[&str]) -> Vec<String> {
     let text = directory.join("text.txt");
     let artifacts = directory.join(artifacts);
     let fixed = [TRAIN, "--data", text.to_str().unwrap(), "--artifacts"];
@@ -47,7 +47,7 @@ fn command(directory: &Path, artifacts: &str, more: &[&str]) -> Vec<String> {
     words.map(str::to_owned).collect()
 }
 
-fn on_threads(command: &[String]) {
+pub(crate) fn on_threads(command: &[String]) {
     let output = Command::new(&command[0])
         .args(&command[1..])
         .output()

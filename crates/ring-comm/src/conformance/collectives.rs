@@ -8,7 +8,7 @@ use std::sync::{
 use super::{Case, Endpoint, Stage, assert_poisoned, assert_stays_poisoned};
 use crate::{
     buffer::HostBuffer,
-    collective::{all_reduce_sum, all_reduce_sum_f64, barrier},
+    collective::{all_reduce_merged, all_reduce_sum, all_reduce_sum_f64, barrier, parent},
     communicator::Communicator,
     error::{CommError, CommErrorKind, Disagreement},
     transport::Rank,
@@ -54,6 +54,21 @@ pub(super) const CASES: &[Case] = &[
         "different collectives are not mistaken for each other",
         &[3],
         collectives_out_of_step,
+    ),
+    Case::messages(
+        "a reduction merges along its tree, bit by bit the same on all ranks",
+        &[1, 2, 3, 4, 6, 7],
+        merged,
+    ),
+    Case::messages(
+        "a reduction finds the rank that comes with other terms",
+        &[2, 3, 4, 7],
+        merged_with_other_terms,
+    ),
+    Case::messages(
+        "a reduction of different lengths is refused",
+        &[2, 3],
+        merged_lengths_differ,
     ),
     Case::messages("ranks with the same terms agree", &[1, 2, 4], same_terms),
     Case::messages(
@@ -168,6 +183,71 @@ fn number_sum(stage: &Stage<'_>) {
             };
             assert_eq!(bits(&sum), bits(&expected));
         }
+    });
+}
+
+/// Neither commutative nor associative: another order or another tree would give other bits.
+fn mix(ours: &mut [f32], theirs: &[f32]) {
+    let pairs = ours.iter_mut().zip(theirs);
+    pairs.for_each(|(ours, theirs)| *ours = 0.75 * *ours + 1.5 * theirs);
+}
+
+fn merged(stage: &Stage<'_>) {
+    stage.run(|endpoint| {
+        let communicator = Communicator::new(endpoint);
+        let (rank, ranks) = (communicator.rank(), communicator.world_size());
+        for len in [0, 1, 1000] {
+            let part = |rank| values(rank, len).map(|value| value as f32);
+            let mut expected: Vec<Vec<f32>> = (0..ranks).map(|rank| part(rank).collect()).collect();
+            // The definition: ranks in pairs, then pairs in pairs, and so on.
+            let mut distance = 1;
+            while distance < ranks {
+                for lower in (0..ranks - distance).step_by(2 * distance) {
+                    let (lowers, uppers) = expected.split_at_mut(lower + distance);
+                    mix(&mut lowers[lower], &uppers[0]);
+                }
+                distance *= 2;
+            }
+            let before = communicator.traffic().messages_sent;
+            let terms = [("length", len as u64), ("seed", u64::MAX - 3)];
+            let got = all_reduce_merged(&communicator, &terms, part(rank).collect(), mix).unwrap();
+            let bits = |values: &[f32]| {
+                let bits = values.iter().map(|value| value.to_bits());
+                bits.collect::<Vec<_>>()
+            };
+            assert_eq!(bits(&got), bits(&expected[0]));
+            let sent = communicator.traffic().messages_sent - before;
+            assert!(sent <= 1 + u64::from(ranks.next_power_of_two().ilog2()));
+        }
+    });
+}
+
+/// The last rank is one step behind; the rank it reports to finds out.
+fn merged_with_other_terms(stage: &Stage<'_>) {
+    let last = stage.world_size - 1;
+    let kind = CommErrorKind::Disagreement(Box::new(Disagreement {
+        reference: parent(last).unwrap(),
+        ..disagreement(last, "step", "6", "7")
+    }));
+    stage.run(|endpoint: Endpoint| {
+        let communicator = Communicator::new(endpoint.clone());
+        let step = if communicator.rank() == last { 6 } else { 7 };
+        let terms = [("shape", 1 << 60), ("step", step)];
+        let error = all_reduce_merged(&communicator, &terms, vec![1.0; 5], mix).unwrap_err();
+        assert_poisoned(&endpoint, &error, last, &kind);
+    });
+}
+
+fn merged_lengths_differ(stage: &Stage<'_>) {
+    stage.run(|endpoint| {
+        let communicator = Communicator::new(endpoint.clone());
+        let last = communicator.world_size() - 1;
+        let len = if communicator.rank() == last { 5 } else { 4 };
+        let error = all_reduce_merged(&communicator, &[], vec![1.0; len], mix).unwrap_err();
+        let root = error.root();
+        let mismatch = matches!(root.kind, CommErrorKind::SizeMismatch { .. });
+        assert!(mismatch, "{error}");
+        assert_stays_poisoned(&endpoint, &error, root.culprit());
     });
 }
 

@@ -3,12 +3,12 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::Parser;
-use ring_burn::{Pattern, Sharding};
+use ring_burn::Sharding;
 use ring_comm::TransportKind;
 use ring_examples::{
     command_line::Failure,
     device::Device,
-    pattern_options::Window,
+    model_options::ModelOptions,
     placement::{MAX_RANKS, Placement, Wishes},
 };
 
@@ -57,45 +57,9 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 1)]
     pub(crate) batch: usize,
 
-    /// Segment lengths of the branches
-    #[arg(long, value_delimiter = ',', default_value = "512,1024,2048")]
-    pub(crate) segment_lengths: Vec<usize>,
-
-    /// Dilation rates of the branches, one for each segment length
-    #[arg(long, value_delimiter = ',', default_value = "1,2,4")]
-    pub(crate) dilation_rates: Vec<usize>,
-
-    /// Sliding window: a position sees those from L before it on, -1 is no bound; R is 0 or -1, since the model is causal
-    #[arg(long, value_name = "L,R", allow_hyphen_values = true)]
-    pub(crate) window: Option<Window>,
-
-    /// Bound on attention scores: S becomes C tanh(S/C)
-    #[arg(long, value_name = "C", allow_negative_numbers = true)]
-    pub(crate) softcap: Option<f64>,
-
-    /// Tell positions by ALiBi's biases in place of rotary embeddings
-    #[arg(long)]
-    pub(crate) alibi: bool,
-
-    /// Size of the model's vectors
-    #[arg(long, default_value_t = 128)]
-    pub(crate) embed_dim: usize,
-
-    /// Query heads
-    #[arg(long, default_value_t = 4)]
-    pub(crate) heads: usize,
-
-    /// Key/value heads [default: as many as query heads]
-    #[arg(long)]
-    pub(crate) kv_heads: Option<usize>,
-
-    /// Transformer blocks
-    #[arg(long, default_value_t = 4)]
-    pub(crate) layers: usize,
-
-    /// Hidden size of the feed-forward parts [default: 4 times the embedding]
-    #[arg(long)]
-    pub(crate) feed_forward_dim: Option<usize>,
+    /// The model.
+    #[command(flatten)]
+    pub(crate) model: ModelOptions,
 
     /// Dropout after attention and feed-forward, in [0, 1)
     #[arg(long, default_value_t = 0.0)]
@@ -109,10 +73,6 @@ pub(crate) struct Args {
         allow_negative_numbers = true
     )]
     pub(crate) attention_dropout: f64,
-
-    /// Add MAGNETO's sub-layer norms
-    #[arg(long)]
-    pub(crate) sub_layer_norm: bool,
 
     /// Optimizer steps in all, counted from the beginning also when resuming
     #[arg(long, default_value_t = 1000)]
@@ -200,8 +160,9 @@ impl Args {
                 self.batch, self.data_parallel
             ));
         }
-        Pattern::dilated(&self.segment_lengths, &self.dilation_rates)
-            .map_err(|error| error.to_string())?;
+        self.model.check().map_err(|failure| match failure {
+            Failure::Input(text) | Failure::Unsupported(text) | Failure::Run(text) => text,
+        })?;
         if !(0.0..1.0).contains(&self.attention_dropout) {
             return Err(format!(
                 "--attention-dropout is {}, must be in [0, 1)",
@@ -254,9 +215,9 @@ impl Args {
     pub(crate) fn unseen(&self) -> Vec<(&'static str, String)> {
         vec![
             ("--data-parallel", self.data_parallel.to_string()),
-            ("--window", format!("{:?}", self.bounds())),
-            ("--softcap", format!("{:?}", self.softcap)),
-            ("--alibi", self.alibi.to_string()),
+            ("--window", format!("{:?}", self.model.bounds())),
+            ("--softcap", format!("{:?}", self.model.softcap)),
+            ("--alibi", self.model.alibi.to_string()),
             ("--dropout", self.dropout.to_string()),
             ("--attention-dropout", self.attention_dropout.to_string()),
             ("--steps", self.steps.to_string()),
@@ -264,11 +225,6 @@ impl Args {
             ("--resume", format!("{:?}", self.resume)),
             ("--learning-rate", self.learning_rate.to_string()),
         ]
-    }
-
-    /// The bounds of the window, -1 for none.
-    pub(crate) fn bounds(&self) -> Option<(i64, i64)> {
-        self.window.map(Window::bounds)
     }
 
     /// Checkpoint intervals in all; the last may be shorter.

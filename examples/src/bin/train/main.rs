@@ -56,7 +56,6 @@ struct Prepared {
     /// Ranks that share a sequence.
     ranks: usize,
     strategy: RingStrategy,
-    device: Device,
 }
 
 fn prepare(args: &Args) -> Result<Prepared, Failure> {
@@ -69,8 +68,7 @@ fn prepare(args: &Args) -> Result<Prepared, Failure> {
 fn prepare_on(args: &Args, placement: Placement, ranks: usize) -> Result<Prepared, Failure> {
     let text = Text::read(args.data.as_deref(), args.seq_length).map_err(Failure::Input)?;
     let devices = devices(args, &placement)?;
-    let device = devices[0].clone();
-    let model = initial_model(args, &device).map_err(Failure::input)?;
+    let model = initial_model(args, &devices[0]).map_err(Failure::input)?;
     if let Some(epoch) = args.resume {
         check_checkpoint(args, epoch, &model).map_err(Failure::Input)?;
     }
@@ -92,7 +90,6 @@ fn prepare_on(args: &Args, placement: Placement, ranks: usize) -> Result<Prepare
         placement,
         ranks,
         strategy,
-        device,
     })
 }
 
@@ -204,18 +201,10 @@ fn check_checkpoint(args: &Args, epoch: usize, model: &LongNet) -> Result<(), St
 }
 
 fn model_config(args: &Args) -> LongNetConfig {
-    LongNetConfig::new(args.segment_lengths.clone(), args.dilation_rates.clone())
-        .with_embed_dim(args.embed_dim)
-        .with_num_heads(args.heads)
-        .with_num_kv_heads(args.kv_heads)
-        .with_num_layers(args.layers)
-        .with_feed_forward_dim(args.feed_forward_dim)
-        .with_window(args.bounds())
-        .with_softcap(args.softcap)
-        .with_alibi(args.alibi)
+    let config = args.model.config();
+    config
         .with_dropout(args.dropout)
         .with_attention_dropout(args.attention_dropout)
-        .with_sub_layer_norm(args.sub_layer_norm)
 }
 
 fn run(args: &Args, prepared: Prepared) -> Result<(), String> {
@@ -225,7 +214,6 @@ fn run(args: &Args, prepared: Prepared) -> Result<(), String> {
         placement,
         ranks,
         strategy,
-        device,
     } = prepared;
     let reports = placement.has_first_rank();
     if reports {
@@ -237,8 +225,8 @@ fn run(args: &Args, prepared: Prepared) -> Result<(), String> {
             describe(args, &placement, ranks),
             args.sharding,
             args.seq_length,
-            args.segment_lengths,
-            args.dilation_rates,
+            args.model.segment_lengths,
+            args.model.dilation_rates,
         );
     }
     let curve = Curve::default();
@@ -272,7 +260,7 @@ fn run(args: &Args, prepared: Prepared) -> Result<(), String> {
     report_memory(&peaks, &ranks_in_words);
     println!("loss curve: {}", picture.display());
     if args.sample_bytes > 0 {
-        let text = sample::generate(&trained, &text, args, &device.inner())?;
+        let text = sample::generate(&trained, &text, args)?;
         println!("sample (temperature {}):\n{text}", args.temperature);
     }
     Ok(())
