@@ -71,7 +71,8 @@ pub use ring_comm::{
 pub use ring_comm::{Mpi, MpiError};
 pub use ring_core::{
     Auto, Choice, Cost, Documents, GridError, HeadOffsets, HilbertOrder, MachineModel, Mask,
-    Mixing, Pattern, PatternError, Shape, Sharding, Span, SpecError, Strategy,
+    Mixing, Pattern, PatternError, Recovery, RecoveryPolicy, RecoveryStatistics, Shape, Sharding,
+    Span, SpecError, Strategy,
 };
 /// The generator behind all dropout.
 pub use ring_kernels::philox;

@@ -7,7 +7,7 @@ use std::{
 };
 
 use ring_comm::{Communicator, buffer::HostBuffer};
-use ring_core::{AttentionSpec, Auto, Choice, Documents, Plan, Sharding, Span, Strategy};
+use ring_core::{AttentionSpec, Auto, Choice, Documents, Plan, Recovery, Sharding, Span, Strategy};
 use ring_kernels::CpuKernels;
 #[cfg(feature = "cube")]
 use ring_kernels::{CubeBuffer, CubeDevice, CubeKernels, KernelError, cubecl::client::Client};
@@ -54,6 +54,7 @@ pub struct Ring {
     key_lengths: Option<Arc<[usize]>>,
     seed: u64,
     first_batch_entry: usize,
+    recovery: Option<Recovery>,
     plans: Arc<Mutex<Vec<Arc<Plan>>>>,
     division: Option<Division>,
     /// What was chosen for computations, as they are without a batch of their own.
@@ -93,6 +94,7 @@ impl Ring {
             key_lengths: None,
             seed: 0,
             first_batch_entry: 0,
+            recovery: None,
             plans: Arc::default(),
             division: None,
             choices: Arc::default(),
@@ -231,6 +233,38 @@ impl Ring {
             first_batch_entry: entry,
             ..self
         }
+    }
+
+    /// The same place, where attention recovers from refused memory: every pass reserves what it needs before ranks exchange anything,
+    /// and all try again with less if one cannot. Results are the same bits. Give every rank one of the same policy; clones
+    /// of it, [`Recovery::statistics`] among them, tell what happened. On a GPU, kernels need what they need, and a retry only
+    /// releases what is kept between calls.
+    ///
+    /// Memory that is refused for good is [`RingError::Run`] with `ring_core::Error::Memory` in a forward, on all ranks, after which the group is
+    /// as good as before. A backward cannot return an error: it panics, on all ranks.
+    ///
+    /// ```
+    /// use burn::tensor::{Device, Distribution, Tensor};
+    /// use ring_burn::{Recovery, RecoveryPolicy, Ring, RingAttentionConfig};
+    ///
+    /// let draw = || Tensor::<4>::random([1, 2, 100, 8], Distribution::Default, &Device::flex());
+    /// let recovery = Recovery::new(RecoveryPolicy::default());
+    /// let ring = Ring::single(100)?.with_recovery(recovery.clone());
+    /// RingAttentionConfig::new().init().forward(draw(), draw(), draw(), &ring);
+    /// assert_eq!((recovery.statistics().passes, recovery.statistics().refusals), (1, 0));
+    /// # Ok::<(), ring_burn::RingError>(())
+    /// ```
+    #[must_use]
+    pub fn with_recovery(self, recovery: Recovery) -> Self {
+        Self {
+            recovery: Some(recovery),
+            ..self
+        }
+    }
+
+    /// How attention recovers, if it does.
+    pub fn recovery(&self) -> Option<&Recovery> {
+        self.recovery.as_ref()
     }
 
     /// The same place, with computations divided among the ranks by `strategy`; without one it is [`Strategy::Ring`]. Results are

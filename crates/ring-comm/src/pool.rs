@@ -117,13 +117,20 @@ impl<B: Buffer> BufferPool<B> {
 
     /// Keeps `buffer` for whoever takes it next, within the limit.
     pub fn give(&self, buffer: B) {
+        drop(self.offer(buffer));
+    }
+
+    /// As [`give`](Self::give), but returns the buffer if it is not kept.
+    pub fn offer(&self, buffer: B) -> Option<B> {
         let mut store = self.lock();
         let limit = store.limit;
         let (shelf, statistics) = store.shelf(buffer.dtype());
         let limit = if shelf.buffers.len() < KEPT { limit } else { 0 };
         if statistics.take_back(bytes(&buffer), limit) && buffer.capacity() > 0 {
             shelf.buffers.push(buffer);
+            return None;
         }
+        Some(buffer)
     }
 
     /// Keeps at most `bytes` from now on, and gives back what is more than that. With less than the messages of a call take,
@@ -267,7 +274,8 @@ mod tests {
         pool.set_limit(4 * 25);
         assert_eq!(pool.bytes(), 40, "the latest is released");
         pool.give(HostBuffer::zeros(DType::BF16, 30));
-        pool.give(HostBuffer::zeros(DType::F32, 1));
+        let surplus = HostBuffer::zeros(DType::F32, 1);
+        assert_eq!(pool.offer(surplus.clone()), Some(surplus));
         assert_eq!(pool.bytes(), 100, "within the limit, of all types together");
         assert_eq!(taken(&pool, 1), Some(10));
         pool.set_limit(usize::MAX);

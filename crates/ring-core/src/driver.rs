@@ -142,16 +142,16 @@ pub fn backward<B: Buffer, K: Kernels<B>>(
 }
 
 /// One pass of one rank over its plan.
-struct Run<'a, B: Buffer, K> {
-    exchanger: Exchanger<'a, B, K>,
-    plan: &'a Plan,
+pub(crate) struct Run<'a, B: Buffer, K> {
+    pub(crate) exchanger: Exchanger<'a, B, K>,
+    pub(crate) plan: &'a Plan,
     /// The sizes of the rank's own tensors.
-    own: Problem,
+    pub(crate) own: Problem,
 }
 
 impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
     /// A backward pass has the number of its forward's operation; a forward pass gets one.
-    fn new(
+    pub(crate) fn new(
         kernels: &'a K,
         communicator: &'a Communicator<B>,
         plan: &'a Plan,
@@ -191,7 +191,10 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
     }
 
     /// Records the whole pass, and leaves a trace that is complete so far.
-    fn traced<T>(&self, pass: impl FnOnce(&Self) -> Result<T, Error>) -> Result<T, Error> {
+    pub(crate) fn traced<T>(
+        &self,
+        pass: impl FnOnce(&Self) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let Exchanger {
             communicator,
             operation,
@@ -209,7 +212,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
         result
     }
 
-    fn forward(&self, inputs: Inputs<'_, B>) -> Result<Output<B>, Error> {
+    pub(crate) fn forward(&self, inputs: Inputs<'_, B>) -> Result<Output<B>, Error> {
         self.check_dtypes(inputs)?;
         let (output, log_sum_exp) = match self.plan.regroup() {
             None => self.walk().forward(inputs)?,
@@ -222,7 +225,11 @@ impl<'a, B: Buffer, K: Kernels<B>> Run<'a, B, K> {
         })
     }
 
-    fn backward(&self, inputs: Inputs<'_, B>, saved: Saved<'_, B>) -> Result<Gradients<B>, Error> {
+    pub(crate) fn backward(
+        &self,
+        inputs: Inputs<'_, B>,
+        saved: Saved<'_, B>,
+    ) -> Result<Gradients<B>, Error> {
         self.check_dtypes(inputs)?;
         let delta = self.delta(&saved)?;
         let of_queries = BackwardInputs {

@@ -1,5 +1,7 @@
 //! What can go wrong: [`enum@Error`].
 
+use std::fmt;
+
 use ring_comm::{CommError, buffer::DType};
 use ring_kernels::KernelError;
 use thiserror::Error;
@@ -22,6 +24,17 @@ pub enum Error {
         rank: usize,
         /// What it said.
         source: KernelError,
+    },
+    /// Before a pass began under a [`Recovery`](crate::Recovery), its memory was refused for good. Every rank gets this error, and the group
+    /// is as good as before: a smaller computation may go through.
+    #[error("no memory for the {pass} pass in {attempts} attempts: {}", Refusals(.refusals))]
+    Memory {
+        /// `forward` or `backward`.
+        pass: &'static str,
+        /// How often all ranks tried.
+        attempts: u32,
+        /// The ranks that were refused memory in the last attempt.
+        refusals: Vec<Refusal>,
     },
     /// The exchange failed.
     #[error("attention exchange failed in {step}: {source}")]
@@ -55,4 +68,26 @@ pub enum Error {
         /// The plan's type.
         expected: DType,
     },
+}
+
+/// Memory that a rank was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// The rank.
+    pub rank: usize,
+    /// Bytes of the allocation that was refused.
+    pub bytes: u64,
+}
+
+/// As they are listed.
+struct Refusals<'a>(&'a [Refusal]);
+
+impl fmt::Display for Refusals<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, Refusal { rank, bytes }) in self.0.iter().enumerate() {
+            let separator = if index > 0 { ", " } else { "" };
+            write!(f, "{separator}rank {rank} was refused {bytes} bytes")?;
+        }
+        Ok(())
+    }
 }

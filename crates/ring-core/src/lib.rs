@@ -12,6 +12,10 @@
 //! - *hop*: one exchange with one peer on each side. *Slot*: the buffer that holds the rows a hop brought.
 //! - *step*: what a rank computes between two exchanges. *Block*: query rows x key rows of a step.
 
+// The property tests share their cases, which know this crate by its name.
+#[cfg(test)]
+extern crate self as ring_core;
+
 mod cache;
 mod cost;
 mod decode;
@@ -29,6 +33,7 @@ mod place;
 mod plan;
 mod planner;
 mod progression;
+mod recovery;
 mod regroup;
 mod schedule;
 mod selection;
@@ -42,12 +47,13 @@ pub use cost::{Auto, Choice, Cost, MachineModel};
 pub use decode::{Decoded, NewTokens, decode};
 pub use documents::Documents;
 pub use driver::{DropoutSeed, Gradients, Inputs, Output, Saved, backward, forward};
-pub use error::Error;
+pub use error::{Error, Refusal};
 pub use estimate::CommunicationEstimate;
 pub use hilbert::{GridError, HilbertOrder};
 pub use memory::MemoryEstimate;
 pub use pattern::{Branch, HeadOffsets, MAX_LENGTH, Mixing, Pattern, PatternError};
 pub use plan::{Exchange, HeadWork, Message, Plan, PlannedBlock, Source, Step};
+pub use recovery::{Recovery, RecoveryPolicy, RecoveryStatistics};
 pub use regroup::{Member, Regroup};
 pub use ring_kernels::Mask;
 pub use sharding::{Sharding, Span};

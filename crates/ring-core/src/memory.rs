@@ -183,7 +183,7 @@ fn steps(plan: &Plan) -> impl Iterator<Item = &Step> {
 }
 
 /// The most bytes held while sums of f32 are rounded one after the other to results of `size` bytes an element, beyond all results.
-fn sums(elements: &[u64], size: u64) -> u64 {
+pub(crate) fn sums(elements: &[u64], size: u64) -> u64 {
     let all: u64 = elements.iter().sum();
     let mut held = 4 * all;
     let mut most = held;

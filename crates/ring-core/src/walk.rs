@@ -433,7 +433,7 @@ impl<'s, B: Buffer> Ahead<'s, B> {
 /// far hop first could hold up peers whose nearer hops that far hop depends on. With this rule, waits can be ordered: keys and
 /// values of hop `d` depend on hops below `d` alone, gradients of hop `d` on keys and values up to `d + 1` and gradients below
 /// `d`; so no cycle of ranks can wait for each other.
-fn is_next_hop(step: &ScheduledStep, done: &ScheduledExchange) -> bool {
+pub(crate) fn is_next_hop(step: &ScheduledStep, done: &ScheduledExchange) -> bool {
     step.exchange
         .as_ref()
         .is_some_and(|next| next.distance == done.distance + 1)

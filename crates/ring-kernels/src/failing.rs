@@ -25,6 +25,7 @@ pub struct FailingAllocations<K> {
     kernels: K,
     first: usize,
     times: usize,
+    panics: bool,
     calls: Arc<AtomicUsize>,
 }
 
@@ -35,7 +36,16 @@ impl<K> FailingAllocations<K> {
             kernels,
             first,
             times,
+            panics: false,
             calls: Arc::default(),
+        }
+    }
+
+    /// `kernels` that panic in that call, counted from 0.
+    pub fn panicking(kernels: K, call: usize) -> Self {
+        Self {
+            panics: true,
+            ..Self::new(kernels, call, 1)
         }
     }
 
@@ -49,6 +59,7 @@ impl<K> FailingAllocations<K> {
         let call = self.calls.fetch_add(1, Ordering::Relaxed);
         let refused = call.checked_sub(self.first);
         if refused.is_some_and(|refused| refused < self.times) {
+            assert!(!self.panics, "panics as it was told to");
             return Err(KernelError::Allocation {
                 bytes: REFUSED_BYTES,
             });
@@ -159,11 +170,16 @@ impl<B: Buffer, K: Kernels<B>> Kernels<B> for FailingAllocations<K> {
         self.admitted()?.round(buffer, dtype)
     }
 
+    fn reserve(&self, problem: &Problem, backward: bool) -> Result<(), KernelError> {
+        self.admitted()?.reserve(problem, backward)
+    }
+
     fn with_less_memory(&self, level: u32) -> Option<Self> {
         Some(Self {
             kernels: self.kernels.with_less_memory(level)?,
             first: self.first,
             times: self.times,
+            panics: self.panics,
             calls: Arc::clone(&self.calls),
         })
     }

@@ -215,6 +215,16 @@ pub trait Kernels<B: Buffer>: Send + Sync {
         None
     }
 
+    /// Allocates what [`forward`](Self::forward), or [`backward`](Self::backward) if `backward`, will need beside its arguments, and keeps
+    /// it for them. By default nothing is needed.
+    ///
+    /// # Errors
+    /// [`KernelError::Allocation`] if the memory cannot be had.
+    fn reserve(&self, problem: &Problem, backward: bool) -> Result<(), KernelError> {
+        let _ = (problem, backward);
+        Ok(())
+    }
+
     /// Gives back to the system what is kept between calls; by default nothing is kept. Later calls allocate anew.
     ///
     /// # Errors

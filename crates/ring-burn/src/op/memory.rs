@@ -137,7 +137,14 @@ fn try_attention<M: Memory>(
         value: value.borrow(),
         dropout: job.dropout,
     };
-    forward(&site.kernels, &site.communicator, &job.plan, inputs)
+    let Site {
+        kernels,
+        communicator,
+    } = &site;
+    match job.ring.recovery() {
+        Some(recovery) => recovery.forward(kernels, communicator, &job.plan, inputs),
+        None => forward(kernels, communicator, &job.plan, inputs),
+    }
 }
 
 /// Gradients of query, key and value.
@@ -195,7 +202,14 @@ fn try_gradient<M: Memory>(
         grad_output: grad_output.borrow(),
         grad_log_sum_exp: grad_log_sum_exp.as_ref().map(Storage::view),
     };
-    backward(&site.kernels, &site.communicator, &job.plan, inputs, saved)
+    let Site {
+        kernels,
+        communicator,
+    } = &site;
+    match job.ring.recovery() {
+        Some(recovery) => recovery.backward(kernels, communicator, &job.plan, inputs, saved),
+        None => backward(kernels, communicator, &job.plan, inputs, saved),
+    }
 }
 
 /// A tensor that kernels cannot take. The others must not wait for this rank.

@@ -183,6 +183,13 @@ impl Workers {
         })
     }
 
+    /// Has the pool hold scratch memory of `words` words for every thread that may work at the same time.
+    fn reserve(&self, words: usize) -> Result<(), KernelError> {
+        let borrow = |_| self.scratch.borrow(words);
+        let pieces: Result<Vec<_>, _> = (0..self.threads_at_once).map(borrow).collect();
+        pieces.map(drop)
+    }
+
     /// Does every task once, with scratch memory of `words` words.
     fn run<T: Send>(
         &self,
@@ -336,6 +343,16 @@ impl Kernels<HostBuffer> for CpuKernels {
     fn with_less_memory(&self, level: u32) -> Option<Self> {
         let workers = Arc::new(self.workers.at_level(level)?);
         Some(Self { workers })
+    }
+
+    /// A piece of scratch memory for every thread that computes at the same time; a [limit](Self::with_scratch_limit) may leave less.
+    fn reserve(&self, problem: &Problem, backward: bool) -> Result<(), KernelError> {
+        let words = if backward {
+            backward::scratch_words(problem.head_dim, self.workers.tiles)
+        } else {
+            forward::scratch_words(problem.head_dim, self.workers.tiles)
+        };
+        self.workers.reserve(words)
     }
 
     fn release_memory(&self) -> Result<(), KernelError> {
