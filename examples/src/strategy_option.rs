@@ -1,4 +1,4 @@
-//! The option that says how ranks divide the computation, the same in `attend` and `plan`.
+//! The option that says how ranks divide the computation, the same in `attend`, `plan` and `train`.
 
 use std::str::FromStr;
 
@@ -13,7 +13,7 @@ pub struct StrategyOption {
     /// How ranks divide the computation: ring (rows that are visible travel), ring-query (in the backward queries instead, where
     /// they are fewer bytes), all-gather (every rank gets all keys and values), head-parallel (every rank gets all positions of its
     /// part of the heads), mesh:HEAD_RANKS (so many ranks divide the heads, the others form rings), one-rank, or auto (the one that
-    /// costs least on a common server; told on standard error).
+    /// costs least on a common server).
     #[arg(
         long,
         help_heading = "Ranks",

@@ -32,6 +32,19 @@ fn losses_do_not_depend_on_ranks_or_sharding() {
     }
 }
 
+#[test]
+fn losses_do_not_depend_on_how_attention_is_divided() {
+    let (directory, _) = workplace();
+    let run = |strategy: &str| {
+        let extra = ["--steps=20", "--ranks=2", "--strategy", strategy];
+        losses(directory.path(), strategy, &extra)
+    };
+    let expected = run("ring");
+    for strategy in ["ring-query", "head-parallel", "all-gather", "auto"] {
+        assert_agree(&run(strategy), &expected);
+    }
+}
+
 /// The same batch on one group and divided among several, evenly or not, with dropout.
 #[test]
 fn losses_do_not_depend_on_data_groups() {

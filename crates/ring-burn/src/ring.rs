@@ -2,12 +2,15 @@
 
 use std::{
     num::NonZero,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     thread::available_parallelism,
 };
 
 use ring_comm::{Communicator, buffer::HostBuffer};
-use ring_core::{AttentionSpec, Auto, Choice, Documents, Plan, Recovery, Sharding, Span, Strategy};
+use ring_core::{
+    AttentionSpec, Auto, Choice, Documents, Plan, Recovery, RecoveryPolicy, Sharding, Span,
+    Strategy,
+};
 use ring_kernels::CpuKernels;
 #[cfg(feature = "cube")]
 use ring_kernels::{CubeBuffer, CubeDevice, CubeKernels, KernelError, cubecl::client::Client};
@@ -25,7 +28,7 @@ const CACHED_BATCHES: usize = 2;
 
 /// How computations are divided among the ranks.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Division {
+pub(crate) enum Division {
     /// By one strategy.
     By(Strategy),
     /// By the one that costs least.
@@ -55,6 +58,8 @@ pub struct Ring {
     seed: u64,
     first_batch_entry: usize,
     recovery: Option<Recovery>,
+    /// The one of [`recovering`](Self::recovering), once it was asked for.
+    own_recovery: Arc<OnceLock<Recovery>>,
     plans: Arc<Mutex<Vec<Arc<Plan>>>>,
     division: Option<Division>,
     /// What was chosen for computations, as they are without a batch of their own.
@@ -95,6 +100,7 @@ impl Ring {
             seed: 0,
             first_batch_entry: 0,
             recovery: None,
+            own_recovery: Arc::default(),
             plans: Arc::default(),
             division: None,
             choices: Arc::default(),
@@ -267,6 +273,17 @@ impl Ring {
         self.recovery.as_ref()
     }
 
+    /// The same place with a recovery: the one that it has, or one by the default policy, which all clones of this ring share.
+    #[must_use]
+    pub fn recovering(self) -> Self {
+        if self.recovery.is_some() {
+            return self;
+        }
+        let own = || Recovery::new(RecoveryPolicy::default());
+        let recovery = self.own_recovery.get_or_init(own).clone();
+        self.with_recovery(recovery)
+    }
+
     /// The same place, with computations divided among the ranks by `strategy`; without one it is [`Strategy::Ring`]. Results are
     /// the same, to rounding. All ranks give the same; a strategy that cannot serve is refused when attention is computed.
     ///
@@ -293,6 +310,11 @@ impl Ring {
             division: Some(Division::Auto(auto)),
             ..self
         }
+    }
+
+    #[cfg(feature = "train")]
+    pub(crate) fn with_division(self, division: Option<Division>) -> Self {
+        Self { division, ..self }
     }
 
     /// The strategy, if one was given.

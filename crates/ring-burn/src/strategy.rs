@@ -36,11 +36,14 @@ use ring_comm::{
     Communicator, Loopback,
     buffer::{Buffer, HostBuffer},
 };
-use ring_core::Sharding;
+use ring_core::{Auto, Recovery, RecoveryPolicy, Sharding, Strategy};
 #[cfg(feature = "cube")]
 use ring_kernels::{CubeBuffer, CubeDevice};
 
-use crate::{error::RingError, ring::Ring};
+use crate::{
+    error::RingError,
+    ring::{Division, Ring},
+};
 use coordinator::Coordinator;
 use follower::Follower;
 use worker::{Place, Worker, Workers};
@@ -128,6 +131,8 @@ pub struct RingStrategy {
     #[cfg(feature = "cube")]
     on_device: Option<(CubeDevice, Communicator<CubeBuffer>)>,
     threads_per_rank: Option<usize>,
+    division: Option<Division>,
+    recovery: Option<RecoveryPolicy>,
 }
 
 /// Who the ranks are.
@@ -193,6 +198,8 @@ impl RingStrategy {
             #[cfg(feature = "cube")]
             on_device: None,
             threads_per_rank: None,
+            division: None,
+            recovery: None,
         })
     }
 
@@ -288,6 +295,33 @@ impl RingStrategy {
         }
     }
 
+    /// How the ranks of a group divide attention among them; [`Strategy::Ring`] unless said.
+    #[must_use]
+    pub fn with_attention_strategy(self, strategy: Strategy) -> Self {
+        Self {
+            division: Some(Division::By(strategy)),
+            ..self
+        }
+    }
+
+    /// The same, by the strategy that costs least.
+    #[must_use]
+    pub fn with_auto(self, auto: Auto) -> Self {
+        Self {
+            division: Some(Division::Auto(auto)),
+            ..self
+        }
+    }
+
+    /// Memory that attention is refused is tried for again ([`Ring::with_recovery`]).
+    #[must_use]
+    pub fn with_recovery(self, policy: RecoveryPolicy) -> Self {
+        Self {
+            recovery: Some(policy),
+            ..self
+        }
+    }
+
     /// The ranks that run in this process.
     fn own_ranks(&self) -> Vec<Communicator<HostBuffer>> {
         match &self.ranks {
@@ -323,7 +357,13 @@ impl RingStrategy {
             let cores = thread::available_parallelism().map_or(1, usize::from);
             (cores / everyone.ranks_on_this_machine()).max(1)
         });
-        let ring = Ring::new(group, self.sharding, 0)?.with_threads(threads)?;
+        let ring = Ring::new(group, self.sharding, 0)?
+            .with_threads(threads)?
+            .with_division(self.division);
+        let ring = match self.recovery {
+            Some(policy) => ring.with_recovery(Recovery::new(policy)),
+            None => ring,
+        };
         #[cfg(feature = "cube")]
         let ring = match &self.on_device {
             Some((device, everyone)) => {

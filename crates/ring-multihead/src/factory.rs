@@ -34,12 +34,15 @@ pub enum AttentionKind {
     /// [`grid`](MultiheadDilatedAttentionConfig::grid) tells: each rank's rows are those of its
     /// [`shard_cells`](ring_burn::shard_cells), and rotary positions are those of the cells.
     Hilbert,
+    /// As [`Ring`](Self::Ring), and memory that is refused is tried for again with less, by all ranks together
+    /// ([`Recovery`](ring_burn::Recovery)): by the ring's own policy, or the default one, which all layers on a ring share.
+    /// [`Ring::recovering`] tells what happened.
+    Production,
 }
 
 impl AttentionKind {
     /// The names, as they parse.
-    pub const NAMES: &'static str =
-        "auto, standard, ring, ring-query, all-gather, head-parallel, mesh:HEAD_RANKS, hilbert";
+    pub const NAMES: &'static str = "auto, standard, ring, ring-query, all-gather, head-parallel, mesh:HEAD_RANKS, hilbert, production";
 
     /// The ring that this kind of attention runs on.
     pub(crate) fn on(self, ring: &Ring) -> Result<Ring, RingError> {
@@ -52,6 +55,7 @@ impl AttentionKind {
             ))),
             Self::Auto if !ring.is_division_given() => Ok(ring.with_auto(Auto::default())),
             Self::Auto | Self::Standard | Self::Ring | Self::Hilbert => Ok(ring),
+            Self::Production => Ok(ring.recovering()),
             Self::RingQuery => divided(Strategy::RingQuery),
             Self::AllGather => divided(Strategy::AllGather),
             Self::HeadParallel => divided(Strategy::HeadParallel),
@@ -77,6 +81,7 @@ impl FromStr for AttentionKind {
             "all-gather" => Self::AllGather,
             "head-parallel" => Self::HeadParallel,
             "hilbert" => Self::Hilbert,
+            "production" => Self::Production,
             _ => {
                 let head_ranks = name.strip_prefix("mesh:").ok_or_else(unknown)?;
                 let head_ranks = head_ranks.parse().map_err(|_| unknown())?;
@@ -97,6 +102,7 @@ impl fmt::Display for AttentionKind {
             Self::HeadParallel => f.write_str("head-parallel"),
             Self::Mesh { head_ranks } => write!(f, "mesh:{head_ranks}"),
             Self::Hilbert => f.write_str("hilbert"),
+            Self::Production => f.write_str("production"),
         }
     }
 }
@@ -138,6 +144,7 @@ mod tests {
             "head-parallel",
             "mesh:2",
             "hilbert",
+            "production",
         ] {
             assert_eq!(name.parse::<AttentionKind>().unwrap().to_string(), name);
         }

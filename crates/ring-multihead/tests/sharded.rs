@@ -269,6 +269,7 @@ fn kinds_give_the_same_numbers_on_any_number_of_ranks() {
         ("all-gather", 3),
         ("head-parallel", 4),
         ("mesh:2", 4),
+        ("production", 2),
     ] {
         let got = of_kind(kind.parse().unwrap(), ranks);
         for (got, expected) in got.iter().zip(&expected) {
@@ -281,6 +282,20 @@ fn kinds_give_the_same_numbers_on_any_number_of_ranks() {
     for (got, expected) in of_kind(AttentionKind::Hilbert, 3).iter().zip(&on_one) {
         assert!((got - expected).abs() < 1e-5);
     }
+}
+
+#[test]
+fn layers_of_kind_production_share_a_recovery() {
+    let device = Device::flex();
+    let config = MultiheadDilatedAttentionConfig::new(16, 2, vec![8], vec![1]);
+    let production = AttentionKind::Production;
+    let layer = create_multihead_dilated_attention(production, &config, &device).unwrap();
+    let other = create_multihead_dilated_attention(production, &config, &device).unwrap();
+    let ring = Ring::single(9).unwrap();
+    let input = Tensor::<3>::zeros([1, 9, 16], &device);
+    other.forward(layer.forward(input, &ring), &ring.clone());
+    let recovering = ring.recovering();
+    assert_eq!(recovering.recovery().unwrap().statistics().passes, 2);
 }
 
 #[test]

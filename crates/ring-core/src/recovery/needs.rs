@@ -14,8 +14,8 @@ use super::{
 };
 use crate::{
     driver::Run,
-    memory::sums,
     exchange::Pass,
+    memory::sums,
     regroup::Regroup,
     schedule::{QueryParcel, ScheduledStep},
 };

@@ -10,6 +10,7 @@ use ring_examples::{
     device::Device,
     model_options::ModelOptions,
     placement::{MAX_RANKS, Placement, Wishes},
+    strategy_option::StrategyOption,
 };
 
 /// Ranks of each group that are threads, if nobody says.
@@ -48,6 +49,9 @@ pub(crate) struct Args {
     /// Who owns which positions: contiguous, zigzag, striped, striped:CHUNK_SIZE
     #[arg(long, default_value = "zigzag")]
     pub(crate) sharding: Sharding,
+
+    #[command(flatten)]
+    pub(crate) strategy: StrategyOption,
 
     /// Positions of a sequence, over all ranks
     #[arg(long, default_value_t = 2048)]

@@ -30,10 +30,12 @@ use burn::{
         renderer::{MetricsRenderer, default_renderer},
     },
 };
-use ring_burn::{RingError, RingStrategy, parameter_checksum};
+use ring_burn::{Auto, Pattern, RingError, RingStrategy, Shape, Strategy, parameter_checksum};
+use ring_core::AttentionSpec;
 use ring_examples::{
     command_line::{self, Failure},
     placement::{Placement, Ranks},
+    strategy_option::Wanted,
 };
 use ring_multihead::{LongNet, LongNetConfig};
 
@@ -165,10 +167,31 @@ fn strategy(
         .with_devices(devices)?
         .with_deadline(placement.deadline)
         .with_data_parallel(args.data_parallel)?;
+    let strategy = match args.strategy.strategy {
+        Wanted::Auto => strategy.with_auto(Auto::default()),
+        Wanted::This(how) => {
+            check_strategy(args, how, ranks)?;
+            strategy.with_attention_strategy(how)
+        }
+    };
     Ok(match args.threads {
         Some(threads) => strategy.with_threads_per_rank(threads),
         None => strategy,
     })
+}
+
+/// Says before the first step whether attention can be divided so.
+fn check_strategy(args: &Args, how: Strategy, ranks: usize) -> Result<(), RingError> {
+    let shape = Shape {
+        batch: args.batch,
+        query_heads: args.model.heads,
+        kv_heads: args.model.kv_heads.unwrap_or(args.model.heads),
+        head_dim: 1,
+    };
+    AttentionSpec::new(Pattern::full(), shape, args.seq_length)?
+        .sharded(args.sharding, ranks)?
+        .with_strategy(how)?;
+    Ok(())
 }
 
 /// burn-train panics on a checkpoint it cannot load; this says beforehand what is wrong.
