@@ -41,7 +41,8 @@ impl Default for MachineModel {
             bytes_per_second: 4e9,
             latency_seconds: 2e-5,
             copy_bytes_per_second: 4e9,
-            parallel_ranks: f64::INFINITY,
+            // Not infinity, which JSON cannot tell.
+            parallel_ranks: f64::MAX,
         }
     }
 }
@@ -51,14 +52,14 @@ impl Default for MachineModel {
 pub struct Auto {
     /// The machine.
     pub machine: MachineModel,
-    /// Sequences of fewer keys stay on one rank, whatever they would cost; 0 for none.
+    /// Sequences of fewer queries and fewer keys stay on one rank, whatever they would cost; 0 for none.
     pub one_rank_below: usize,
     /// Whether a backward pass follows.
     pub training: bool,
 }
 
 impl Default for Auto {
-    /// Training on the default machine; sequences below 256 keys stay on one rank.
+    /// Training on the default machine; sequences below 256 positions stay on one rank.
     fn default() -> Self {
         Self {
             machine: MachineModel::default(),
@@ -71,9 +72,10 @@ impl Default for Auto {
 /// What one strategy would cost.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Cost {
-    /// Seconds of the slowest rank, or of the cores if ranks share them.
+    /// Seconds of the slowest rank of the forward pass and of the slowest of the backward pass, or of the cores if ranks share
+    /// them.
     pub seconds: f64,
-    /// Seconds that the rank with most work computes.
+    /// Seconds that the rank with most work in the forward pass computes there, and that with most in the backward pass there.
     pub compute_seconds: f64,
     /// Seconds that the slowest rank waits for messages or copies rows.
     pub exchange_seconds: f64,
@@ -81,7 +83,7 @@ pub struct Cost {
     pub bytes_received: u64,
     /// Rounds of messages of the rank that has most.
     pub hops: usize,
-    /// Work of the rank with most, over the mean.
+    /// Work of the ranks with most in each pass, over the mean.
     pub imbalance: f64,
 }
 
@@ -117,10 +119,11 @@ impl Auto {
         if ranks == 1 {
             return Ok(settled(Strategy::Ring, "there is one rank".into()));
         }
-        if spec.key_length < self.one_rank_below {
+        let longest = spec.query_length.max(spec.key_length);
+        if longest < self.one_rank_below {
             let reason = format!(
-                "{} keys are fewer than {}, from where on a sequence is divided",
-                spec.key_length, self.one_rank_below
+                "{longest} positions are fewer than {}, from where on a sequence is divided",
+                self.one_rank_below
             );
             return Ok(settled(Strategy::OneRank, reason));
         }
@@ -149,19 +152,18 @@ impl Auto {
     pub fn cost(&self, spec: &AttentionSpec) -> Result<Cost, SpecError> {
         let ranks = spec.world_size;
         let looked_at = ranks.min(LOOKED_AT);
-        let mut slowest = (0.0, 0.0);
-        let (mut most_compute, mut all_compute, mut all_busy) = (0.0_f64, 0.0, 0.0);
+        let mut passes = [Slowest::default(), Slowest::default()];
+        let (mut compute, mut busy) = (0.0, 0.0);
         let (mut bytes_received, mut hops) = (0, 0);
         for index in 0..looked_at {
             let rank = index * (ranks - 1) / (looked_at - 1).max(1);
             let plan = Plan::new(spec, rank)?;
-            let time = self.time(&plan);
-            if time.seconds > slowest.0 {
-                slowest = (time.seconds, time.seconds - time.compute);
+            let stands_for = stands_for(spec, index, looked_at);
+            for (slowest, time) in passes.iter_mut().zip(self.times(&plan)) {
+                slowest.look_at(time);
+                compute += time.compute * stands_for;
+                busy += (time.compute + time.copying) * stands_for;
             }
-            most_compute = most_compute.max(time.compute);
-            all_compute += time.compute;
-            all_busy += time.compute + time.copying;
             let estimate = CommunicationEstimate::new(&plan);
             let mut bytes = estimate.forward_received;
             if self.training {
@@ -170,29 +172,36 @@ impl Auto {
             bytes_received = bytes_received.max(bytes);
             hops = hops.max(estimate.hops);
         }
-        let mean = all_compute / looked_at as f64;
-        let all_busy = all_busy / looked_at as f64 * ranks as f64;
+        let [forward, backward] = passes;
+        let mean = compute / ranks as f64;
+        let most = forward.compute + backward.compute;
+        let seconds = forward.seconds + backward.seconds;
         Ok(Cost {
-            seconds: slowest.0.max(all_busy / self.machine.parallel_ranks),
-            compute_seconds: most_compute,
-            exchange_seconds: slowest.1,
+            seconds: seconds.max(busy / self.machine.parallel_ranks),
+            compute_seconds: most,
+            exchange_seconds: forward.exchange + backward.exchange,
             bytes_received,
             hops,
-            imbalance: if mean > 0.0 { most_compute / mean } else { 1.0 },
+            imbalance: if mean > 0.0 { most / mean } else { 1.0 },
         })
     }
 
-    /// The time of one rank.
-    fn time(&self, plan: &Plan) -> Time {
-        let forward = self.walk(plan, plan.steps(), false);
-        let mut time = forward;
-        if self.training {
-            time += self.walk(plan, plan.backward_steps(), true);
+    /// The times of one rank, of a forward pass and of a backward pass if one follows.
+    fn times(&self, plan: &Plan) -> [Time; 2] {
+        let mut passes = [Time::default(); 2];
+        for (time, (steps, backward)) in passes
+            .iter_mut()
+            .zip([(plan.steps(), false), (plan.backward_steps(), true)])
+        {
+            if backward && !self.training {
+                continue;
+            }
+            *time = self.walk(plan, steps, backward);
+            if plan.regroup().is_some() {
+                *time += self.regrouping(plan, backward);
+            }
         }
-        if plan.regroup().is_some() {
-            time += self.regrouping(plan);
-        }
-        time
+        passes
     }
 
     /// The time of the steps of one pass.
@@ -236,8 +245,8 @@ impl Auto {
         time
     }
 
-    /// The time among the ranks that divide heads, there and back; nothing is computed meanwhile.
-    fn regrouping(&self, plan: &Plan) -> Time {
+    /// The time of one pass among the ranks that divide heads, there and back; nothing is computed meanwhile.
+    fn regrouping(&self, plan: &Plan, backward: bool) -> Time {
         let machine = &self.machine;
         let (own, divided) = (plan.problem(), plan.ring_problem());
         let size = plan.spec().dtype.size();
@@ -247,14 +256,13 @@ impl Auto {
             (problem.batch * problem.head_dim * size) as f64 * (queries + keys) as f64
         };
         // Forward: query, key, value, output. Backward: those but output, its gradient, three gradients back.
-        let times = if self.training { 5.5 } else { 2.0 };
+        let times = if backward { 3.5 } else { 2.0 };
         let ranks = plan.regroup().map_or(1, |regroup| regroup.members.len()) as f64;
         let own_share = 1.0 / ranks;
         let received = times * rows(&divided).max(rows(&own)) * (1.0 - own_share);
         let copied = times * (rows(&own) + rows(&divided));
-        let rounds = if self.training { 4.0 } else { 2.0 };
         let copying = copied / machine.copy_bytes_per_second;
-        let exchange = rounds * machine.latency_seconds + received / machine.bytes_per_second;
+        let exchange = 2.0 * machine.latency_seconds + received / machine.bytes_per_second;
         Time {
             seconds: copying + exchange,
             compute: 0.0,
@@ -279,6 +287,37 @@ impl std::ops::AddAssign for Time {
         self.seconds += other.seconds;
         self.compute += other.compute;
         self.copying += other.copying;
+    }
+}
+
+/// The slowest of the ranks in one pass: those that are faster wait for it before they begin the next one.
+#[derive(Clone, Copy, Debug, Default)]
+struct Slowest {
+    /// Seconds of the slowest rank.
+    seconds: f64,
+    /// Of these, those in which it does not compute.
+    exchange: f64,
+    /// Seconds that the rank with most work computes.
+    compute: f64,
+}
+
+impl Slowest {
+    fn look_at(&mut self, time: Time) {
+        if time.seconds > self.seconds {
+            self.seconds = time.seconds;
+            self.exchange = time.seconds - time.compute;
+        }
+        self.compute = self.compute.max(time.compute);
+    }
+}
+
+/// How many ranks the one that is looked at stands for. Alone in what it does is only the rank that computes everything.
+fn stands_for(spec: &AttentionSpec, index: usize, looked_at: usize) -> f64 {
+    let ranks = spec.world_size as f64;
+    match (spec.strategy, index) {
+        (Strategy::OneRank, 0) => 1.0,
+        (Strategy::OneRank, _) => (ranks - 1.0) / (looked_at as f64 - 1.0),
+        _ => ranks / looked_at as f64,
     }
 }
 
@@ -388,7 +427,7 @@ mod tests {
         assert_eq!(chosen(auto, &spec(full(), 255, 4, 8)), Strategy::OneRank);
         assert_ne!(chosen(auto, &spec(full(), 256, 4, 8)), Strategy::OneRank);
         let explained = auto.choose(&spec(full(), 255, 4, 8)).unwrap().explain();
-        assert!(explained.contains("255 keys"), "{explained}");
+        assert!(explained.contains("255 positions"), "{explained}");
     }
 
     #[test]
@@ -438,5 +477,56 @@ mod tests {
         let other = ring.clone().with_strategy(mesh).unwrap();
         let auto = Auto::default();
         assert_eq!(auto.choose(&ring).unwrap(), auto.choose(&other).unwrap());
+    }
+
+    #[test]
+    fn many_queries_of_few_keys_are_divided() {
+        let cross = spec(Pattern::full(), 77, 4, 8).with_lengths(100_000, 77);
+        let cross = cross.unwrap();
+        assert_ne!(chosen(Auto::default(), &cross), Strategy::OneRank);
+    }
+
+    #[test]
+    fn a_pass_ends_with_its_slowest_rank() {
+        let causal = spec(Pattern::full().causal(), 1 << 16, 8, 8);
+        let query = causal.with_strategy(Strategy::RingQuery).unwrap();
+        let plans: Vec<Plan> = (0..8)
+            .map(|rank| Plan::new(&query, rank).unwrap())
+            .collect();
+        let most = |steps: fn(&Plan) -> &[Step], pair_seconds: f64| {
+            let pairs = |plan: &Plan| -> u128 {
+                let steps = steps(plan).iter();
+                steps.map(|step| plan.pairs_of(step)).sum()
+            };
+            let most = plans.iter().map(pairs).max().unwrap();
+            most as f64 * pair_seconds * query.shape.head_dim as f64
+        };
+        let auto = Auto::default();
+        let forward = most(Plan::steps, auto.machine.forward_pair_seconds);
+        let backward = most(Plan::backward_steps, auto.machine.backward_pair_seconds);
+        let cost = auto.cost(&query).unwrap();
+        assert!((cost.compute_seconds / (forward + backward) - 1.0).abs() < 1e-9);
+        assert!(cost.seconds >= forward + backward, "{cost:?}");
+    }
+
+    #[test]
+    fn one_rank_computes_for_all_however_many_are_looked_at() {
+        let short = spec(Pattern::full(), 1 << 12, 64, 8);
+        let auto = Auto::default();
+        let ring = auto.cost(&short).unwrap();
+        let one = short.with_strategy(Strategy::OneRank).unwrap();
+        let one = auto.cost(&one).unwrap();
+        assert!((one.imbalance - 64.0).abs() < 1e-6, "{one:?}");
+        assert!((one.compute_seconds / ring.compute_seconds - 64.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_machine_can_be_stored() {
+        let machine = MachineModel::default();
+        let text = serde_json::to_string(&machine).unwrap();
+        assert_eq!(
+            serde_json::from_str::<MachineModel>(&text).unwrap(),
+            machine
+        );
     }
 }

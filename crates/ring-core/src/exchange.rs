@@ -3,7 +3,9 @@
 //! All messages of a group lie in buffers of one capacity, that of its largest message, from the communicator's pool. Every
 //! receive brings such a buffer and every send yields one, so a rank has as many after a pass as before, whoever it exchanges
 //! how much with; only its first pass allocates. At one time there are, of keys and values, at most the slot computed on, the
-//! one arriving and the one leaving, and in a backward as many of gradients.
+//! one arriving and the one leaving, and in a backward as many of gradients; of queries that travel as many again. Not so where
+//! all exchanges are under way at once (all-gather): what of their buffers is more than the pool keeps, every pass allocates.
+//! Numbers that go along with queries, and what ranks that divide heads exchange, lie in memory of their own.
 
 use std::time::Instant;
 

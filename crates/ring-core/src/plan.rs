@@ -5,9 +5,11 @@
 //! depend on the length of the sequence (for self-attention under contiguous or zigzag sharding); it grows with the number of
 //! documents packed into it, and of batch entries that have others.
 //!
-//! Rows go straight from their owner to whoever needs them: in the hop of distance `d`, rank `p` sends to `p + d` and receives
-//! from `p - d` (modulo the number of ranks). That needs no forwarding, moves each row once, and is the least number of bytes
-//! for every pattern, as long as batch entries do not differ (a row that one of them needs travels for all); relaying from neighbour to neighbour would move rows through ranks that do not need them.
+//! In a ring, rows go straight from their owner to whoever needs them: in the hop of distance `d`, rank `p` sends to `p + d` and
+//! receives from `p - d` (modulo the number of places in the ring). That needs no forwarding, moves each row once, and is the least
+//! number of bytes of keys and values for every pattern, as long as batch entries do not differ (a row that one of them needs
+//! travels for all); relaying from neighbour to neighbour would move rows through ranks that do not need them. What else there is
+//! than [`Strategy::Ring`] walks the same hops, with other rows, or with all rows of a part of the heads ([`Regroup`]).
 
 use std::fmt;
 

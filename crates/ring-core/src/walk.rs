@@ -292,7 +292,13 @@ impl<'a, B: Buffer, K: Kernels<B>> Walk<'a, B, K> {
             key: inputs.key,
             value: inputs.value,
         };
-        let mut grad_query = self.zero_message(parcel.shape.elements())?;
+        // There is room for all heads. If queries of few of them came that is more than any message, and not kept with these.
+        let elements = parcel.shape.elements();
+        let is_kept = elements <= exchanger.capacity;
+        let mut grad_query = match is_kept {
+            true => self.zero_message(elements)?,
+            false => self.zeros(elements)?,
+        };
         exchanger.compute("backward", distance, || {
             let target = KeyValueGradient::Own {
                 key: &mut gradients.key,
@@ -317,7 +323,7 @@ impl<'a, B: Buffer, K: Kernels<B>> Walk<'a, B, K> {
         let message = exchanger.compute("pack", distance, || {
             kernels.pack(parcel.shape, &[tensor], &parcel.gradients, Some(memory))
         })?;
-        exchanger.give(Some(grad_query));
+        exchanger.give(Some(grad_query).filter(|_| is_kept));
         Ok(message)
     }
 

@@ -22,7 +22,9 @@ use ring_comm::{
     collective::barrier,
     launch::from_variables,
 };
-use ring_core::{AttentionSpec, Documents, Error, Pattern, Plan, Shape, Sharding, Strategy};
+use ring_core::{
+    AttentionSpec, Documents, Error, Mixing, Pattern, Plan, Shape, Sharding, Strategy,
+};
 
 const RANKS: usize = 4;
 
@@ -293,5 +295,33 @@ fn another_strategy_on_one_rank_is_found_out() {
         });
         let name = other.strategy.to_string();
         assert_all_hear(ends, 1, &name, &name);
+    }
+}
+
+#[test]
+fn what_is_kept_for_messages_does_not_grow_where_few_heads_have_queries_that_travel() {
+    let shape = Shape {
+        batch: 1,
+        query_heads: 8,
+        kv_heads: 8,
+        head_dim: 16,
+    };
+    let pattern = Pattern::dilated(&[1, 2, 4, 8, 8, 8, 16, 256], &[1; 8]);
+    let pattern = pattern.unwrap().with_mixing(Mixing::HeadGroups).causal();
+    let spec = AttentionSpec::new(pattern, shape, 256)
+        .and_then(|spec| spec.sharded(Sharding::Contiguous, RANKS))
+        .and_then(|spec| spec.with_strategy(Strategy::RingQuery))
+        .unwrap();
+    let whole = Whole::random(&spec);
+    let kept = Loopback::run(RANKS, DEADLINE, |endpoint| {
+        let communicator = Communicator::new(Arc::new(endpoint));
+        [1, 2, 3, 4].map(|_| {
+            run_rank(&spec, &whole, &communicator, 1).unwrap();
+            communicator.buffers().bytes()
+        })
+    });
+    for kept in kept {
+        let kept = kept.unwrap();
+        assert!(kept.iter().all(|bytes| *bytes == kept[0]), "{kept:?}");
     }
 }
