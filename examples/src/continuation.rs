@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use burn::tensor::{Int, Tensor, TensorData, activation::softmax};
+use burn::tensor::{Int, Tensor, TensorData};
 use ring_burn::{Ring, RingError, philox, shard_slice};
 use ring_multihead::{LongNet, LongNetCache};
 
@@ -76,11 +76,22 @@ pub(crate) fn tokens(model: &LongNet, bytes: &[u8]) -> Tensor<2, Int> {
 
 /// Draws the byte number `index` by its scores.
 fn draw(scores: Tensor<3>, sampling: Sampling, index: usize) -> u8 {
-    let scores = scores.flatten::<1>(0, 2).div_scalar(sampling.temperature);
-    let weights: Vec<f64> = softmax(scores, 0).into_data().iter::<f64>().collect();
+    let scores: Vec<f64> = scores.into_data().iter::<f64>().collect();
+    let weights = weights(&scores, sampling.temperature);
     let key = [sampling.seed as u32, (sampling.seed >> 32) as u32];
     let [random, ..] = philox([index as u32, (index >> 32) as u32, 0, 0], key);
     pick(&weights, f64::from(random) / 2.0_f64.powi(32))
+}
+
+/// The softmax of scores at a temperature, in f64: one that is tiny leaves the best alone.
+fn weights(scores: &[f64], temperature: f64) -> Vec<f64> {
+    let best = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let raised = scores
+        .iter()
+        .map(|score| ((score - best) / temperature).exp());
+    let raised: Vec<f64> = raised.collect();
+    let sum: f64 = raised.iter().sum();
+    raised.iter().map(|weight| weight / sum).collect()
 }
 
 /// The byte at which the running sum of weights passes `draw`.
@@ -109,6 +120,15 @@ fn of_first_rank(byte: u8, ring: &Ring) -> Result<u8, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_tiny_temperature_leaves_the_best_byte_alone() {
+        for temperature in [1e-3, 1e-40, f64::MIN_POSITIVE] {
+            assert_eq!(weights(&[1.0, 3.0, 2.0], temperature), [0.0, 1.0, 0.0]);
+        }
+        let warm = weights(&[0.0, 3.0_f64.ln()], 1.0);
+        assert!((warm[1] - 0.75).abs() < 1e-12, "{warm:?}");
+    }
 
     #[test]
     fn bytes_are_drawn_by_their_weights() {

@@ -126,7 +126,7 @@ impl Attention {
             Some(rows) => rows,
             none => none.insert(self.empty(shape, dtype, ring)?),
         };
-        self.check_cache(rows.spec(), shape)?;
+        self.check_cache(rows.spec(), shape, dtype)?;
         let layout = |heads| RowLayout::contiguous(heads, count, shape.head_dim);
         let (of_queries, of_keys) = (layout(shape.query_heads), layout(shape.kv_heads));
         let [query, key, value] = tensors.map(host_buffer);
@@ -158,7 +158,12 @@ impl Attention {
     }
 
     /// Checks that new tokens go on with what the cache holds.
-    fn check_cache(&self, cached: &AttentionSpec, shape: Shape) -> Result<(), RingError> {
+    fn check_cache(
+        &self,
+        cached: &AttentionSpec,
+        shape: Shape,
+        dtype: buffer::DType,
+    ) -> Result<(), RingError> {
         if cached.pattern != *self.pattern() {
             return Err(RingError::Value(format!(
                 "the cache was filled by another attention ({}) than this one ({})",
@@ -181,6 +186,14 @@ impl Attention {
                     cached.shape
                 ),
             });
+        }
+        let own = self.of_shape(shape, dtype, false)?;
+        if (own.scale, own.softcap, &own.alibi_slopes)
+            != (cached.scale, cached.softcap, &cached.alibi_slopes)
+        {
+            let message =
+                "the cache was filled by another attention: scale, softcap or ALiBi slopes differ";
+            return Err(RingError::Value(message.into()));
         }
         Ok(())
     }

@@ -77,8 +77,18 @@ impl Attention {
         drops: bool,
         ring: &Ring,
     ) -> Result<AttentionSpec, RingError> {
+        ring.spec(self.of_shape(shape, dtype, drops)?)
+    }
+
+    /// The computation as yet without a length, on one rank.
+    pub(crate) fn of_shape(
+        &self,
+        shape: Shape,
+        dtype: buffer::DType,
+        drops: bool,
+    ) -> Result<AttentionSpec, RingError> {
         let spec = AttentionSpec::new(self.pattern.clone(), shape, 0)?.with_dtype(dtype);
-        ring.spec(self.scores.of(spec, drops)?)
+        Ok(self.scores.of(spec, drops)?)
     }
 
     /// How the ring divides this attention of tensors of a shape, and why.

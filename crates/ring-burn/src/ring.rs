@@ -62,7 +62,7 @@ pub struct Ring {
     own_recovery: Arc<OnceLock<Recovery>>,
     plans: Arc<Mutex<Vec<Arc<Plan>>>>,
     division: Option<Division>,
-    /// What was chosen for computations, as they are without a batch of their own.
+    /// What was chosen for computations.
     choices: Arc<Mutex<Vec<(AttentionSpec, Auto, Choice)>>>,
     /// Kernels and communicators for the GPUs that tensors were found on.
     #[cfg(feature = "cube")]
@@ -303,7 +303,8 @@ impl Ring {
 
     /// The same place, with computations divided by the strategy that costs least ([`Auto`]). All ranks give the same.
     ///
-    /// It is chosen when a computation is first met, and kept for later batches of other documents and padding.
+    /// What was chosen is kept for the next time; for documents or padding that were not met before it is chosen anew, so that it
+    /// depends on the batch at hand alone.
     #[must_use]
     pub fn with_auto(self, auto: Auto) -> Self {
         Self {
@@ -518,19 +519,13 @@ impl Ring {
         Ok(spec.with_strategy(strategy)?)
     }
 
-    /// What `auto` chooses for a computation.
-    pub(crate) fn choice(&self, spec: &AttentionSpec, auto: Auto) -> Result<Choice, RingError> {
-        let lasting = without_batch(spec);
+    /// What `auto` chooses for a computation, kept for the next time.
+    fn choice(&self, spec: &AttentionSpec, auto: Auto) -> Result<Choice, RingError> {
         let mut choices = self.choices.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = choices
-            .iter()
-            .position(|(of, by, _)| (of, *by) == (&lasting, auto));
-        let found = match known {
+        let is_known = |(of, by, _): &(AttentionSpec, Auto, Choice)| (of, *by) == (spec, auto);
+        let found = match choices.iter().position(is_known) {
             Some(index) => choices.remove(index),
-            None => {
-                let choice = auto.choose(spec)?;
-                (lasting, auto, choice)
-            }
+            None => (spec.clone(), auto, auto.choose(spec)?),
         };
         let choice = found.2.clone();
         if choices.len() == CACHED_PLANS {
@@ -552,7 +547,7 @@ impl Ring {
         match self.division {
             None => told(Strategy::Ring, "nothing else was asked for"),
             Some(Division::By(strategy)) => told(strategy, "it was asked for"),
-            Some(Division::Auto(auto)) => Ok(self.choice(spec, auto)?.explain()),
+            Some(Division::Auto(auto)) => Ok(auto.choose(spec)?.explain()),
         }
     }
 

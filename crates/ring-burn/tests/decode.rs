@@ -112,6 +112,17 @@ fn what_cannot_be_decoded_is_refused_with_the_reason() {
     decode([1, 2, 3, 8], [1, 2, 3, 8], [1, 2, 3, 8]).unwrap();
     assert_eq!(cache.length(), 4);
     let tensor = || draw([1, 2, 1, 8]);
+    let causal = RingAttentionConfig::new().with_causal(true);
+    for other in [
+        causal.clone().with_scale(Some(0.5)),
+        causal.clone().with_softcap(Some(3.0)),
+        causal.with_alibi_slopes(Some(alibi_slopes(2))),
+    ] {
+        let other = other.init();
+        let error = other.try_decode(tensor(), tensor(), tensor(), &ring, &mut cache);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("another attention"), "{error}");
+    }
     let halves = || tensor().cast(DType::F16);
     let error = attention.try_decode(halves(), halves(), halves(), &ring, &mut cache);
     let error = error.unwrap_err().to_string();

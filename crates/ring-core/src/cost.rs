@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     estimate::CommunicationEstimate,
+    memory::MemoryEstimate,
     plan::{Exchange, Plan, Step},
     spec::{AttentionSpec, SpecError},
     strategy::Strategy,
@@ -29,6 +30,24 @@ pub struct MachineModel {
     pub copy_bytes_per_second: f64,
     /// Ranks that can compute at the same time: all of them, unless they share cores.
     pub parallel_ranks: f64,
+}
+
+impl MachineModel {
+    /// Figures that are no positive numbers would make every comparison meaningless.
+    fn check(&self) -> Result<(), SpecError> {
+        let figures = [
+            ("the seconds of a pair forward", self.forward_pair_seconds),
+            ("the seconds of a pair backward", self.backward_pair_seconds),
+            ("the bytes per second", self.bytes_per_second),
+            ("the latency", self.latency_seconds + f64::MIN_POSITIVE),
+            ("the bytes per second of copies", self.copy_bytes_per_second),
+            ("the number of parallel ranks", self.parallel_ranks),
+        ];
+        match figures.into_iter().find(|&(_, value)| !(value > 0.0)) {
+            Some((what, value)) => Err(SpecError::Machine { what, value }),
+            None => Ok(()),
+        }
+    }
 }
 
 impl Default for MachineModel {
@@ -56,6 +75,8 @@ pub struct Auto {
     pub one_rank_below: usize,
     /// Whether a backward pass follows.
     pub training: bool,
+    /// Bytes that one rank may need for one computation, kernels' tiles aside; strategies that need more are not chosen, unless all do.
+    pub memory_limit: Option<u64>,
 }
 
 impl Default for Auto {
@@ -65,6 +86,7 @@ impl Default for Auto {
             machine: MachineModel::default(),
             one_rank_below: 256,
             training: true,
+            memory_limit: None,
         }
     }
 }
@@ -85,6 +107,8 @@ pub struct Cost {
     pub hops: usize,
     /// Work of the ranks with most in each pass, over the mean.
     pub imbalance: f64,
+    /// Bytes that the rank needs that needs most ([`MemoryEstimate`], without the kernels' tiles).
+    pub memory_bytes: u64,
 }
 
 /// What was chosen, and why. As text it is [`explain`](Self::explain).
@@ -99,6 +123,8 @@ pub struct Choice {
 
 /// Ranks whose plans are looked at: all, or if there are more as many, evenly spaced.
 const LOOKED_AT: usize = 16;
+/// Memory of a strategy that is chosen, at most, as a multiple of what [`Strategy::Ring`] needs: so that it stays O(N/P).
+const MOST_MEMORY: u64 = 2;
 /// A strategy must be this much faster than an earlier one to be preferred: what is closer is noise, and the earlier ones need less
 /// memory.
 const CLEARLY_FASTER: f64 = 0.98;
@@ -107,8 +133,9 @@ impl Auto {
     /// The strategy for a computation. Every rank that asks the same gets the same.
     ///
     /// # Errors
-    /// [`SpecError`] if the computation is not possible.
+    /// [`SpecError`] if the computation is not possible; [`SpecError::Machine`].
     pub fn choose(&self, spec: &AttentionSpec) -> Result<Choice, SpecError> {
+        self.machine.check()?;
         let spec = spec.clone().with_strategy(Strategy::Ring)?;
         let ranks = spec.world_size;
         let settled = |strategy, reason: String| Choice {
@@ -132,8 +159,13 @@ impl Auto {
             let spec = spec.clone().with_strategy(strategy)?;
             candidates.push((strategy, self.cost(&spec)?));
         }
-        let mut best = &candidates[0];
-        for candidate in &candidates[1..] {
+        let of_ring = candidates[0].1.memory_bytes;
+        let most = (MOST_MEMORY * of_ring).min(self.memory_limit.unwrap_or(u64::MAX));
+        let fits = |candidate: &&(Strategy, Cost)| candidate.1.memory_bytes <= most;
+        let mut fitting = candidates.iter().filter(fits);
+        let least = || candidates.iter().min_by_key(|(_, cost)| cost.memory_bytes);
+        let mut best = (fitting.next().or_else(least)).expect("a ring can always serve");
+        for candidate in fitting {
             if candidate.1.seconds < best.1.seconds * CLEARLY_FASTER {
                 best = candidate;
             }
@@ -154,7 +186,7 @@ impl Auto {
         let looked_at = ranks.min(LOOKED_AT);
         let mut passes = [Slowest::default(), Slowest::default()];
         let (mut compute, mut busy) = (0.0, 0.0);
-        let (mut bytes_received, mut hops) = (0, 0);
+        let (mut bytes_received, mut hops, mut memory_bytes) = (0, 0, 0);
         for index in 0..looked_at {
             let rank = index * (ranks - 1) / (looked_at - 1).max(1);
             let plan = Plan::new(spec, rank)?;
@@ -171,6 +203,11 @@ impl Auto {
             }
             bytes_received = bytes_received.max(bytes);
             hops = hops.max(estimate.hops);
+            let memory = match self.training {
+                true => MemoryEstimate::backward(&plan, 0),
+                false => MemoryEstimate::forward(&plan, 0),
+            };
+            memory_bytes = memory_bytes.max(memory.total);
         }
         let [forward, backward] = passes;
         let mean = compute / ranks as f64;
@@ -183,6 +220,7 @@ impl Auto {
             bytes_received,
             hops,
             imbalance: if mean > 0.0 { most / mean } else { 1.0 },
+            memory_bytes,
         })
     }
 
@@ -340,7 +378,9 @@ fn reason(best: &(Strategy, Cost), candidates: &[(Strategy, Cost)]) -> String {
         seconds(cost.exchange_seconds)
     );
     if let Some((strategy, other)) = runner_up {
-        let because = if other.imbalance > cost.imbalance * 1.02 {
+        let because = if other.seconds < cost.seconds && other.memory_bytes > cost.memory_bytes {
+            "it needs more memory"
+        } else if other.imbalance > cost.imbalance * 1.02 {
             "its work is divided less evenly"
         } else if other.bytes_received > cost.bytes_received {
             "more bytes travel"
@@ -379,11 +419,12 @@ impl fmt::Display for Choice {
         for (strategy, cost) in &self.candidates {
             write!(
                 f,
-                "\n  {strategy}: {} ({} received by the rank that receives most, {} rounds of messages, most work over mean {:.2})",
+                "\n  {strategy}: {} ({} received by the rank that receives most, {} rounds of messages, most work over mean {:.2}, {} of memory)",
                 seconds(cost.seconds),
                 bytes(cost.bytes_received),
                 cost.hops,
-                cost.imbalance
+                cost.imbalance,
+                bytes(cost.memory_bytes)
             )?;
         }
         Ok(())
@@ -468,6 +509,58 @@ mod tests {
         let least = choice.candidates.iter();
         let least = least.min_by_key(|(_, cost)| cost.bytes_received).unwrap();
         assert_eq!(choice.strategy, least.0, "{choice}");
+    }
+
+    #[test]
+    fn nothing_is_chosen_that_needs_much_more_memory_than_a_ring() {
+        // Nothing but rounds of messages costs anything here.
+        let machine = MachineModel {
+            forward_pair_seconds: 1e-18,
+            backward_pair_seconds: 1e-18,
+            latency_seconds: 1e-2,
+            ..MachineModel::default()
+        };
+        let auto = Auto {
+            machine,
+            ..Auto::default()
+        };
+        let full = spec(Pattern::full(), 1 << 16, 16, 1);
+        let choice = auto.choose(&full).unwrap();
+        let least = choice.candidates.iter();
+        let least = least.min_by(|a, b| a.1.seconds.total_cmp(&b.1.seconds));
+        assert_eq!(least.unwrap().0, Strategy::AllGather, "{choice}");
+        let ring = choice.candidates[0].1.memory_bytes;
+        let chosen = choice.candidates.iter();
+        let mut chosen = chosen.filter(|(strategy, _)| *strategy == choice.strategy);
+        assert!(
+            chosen.next().unwrap().1.memory_bytes <= 2 * ring,
+            "{choice}"
+        );
+        // A limit below what all need is kept as well as can be.
+        let limited = Auto {
+            memory_limit: Some(1),
+            ..auto
+        };
+        let choice = limited.choose(&full).unwrap();
+        let least = choice.candidates.iter();
+        let least = least.min_by_key(|(_, cost)| cost.memory_bytes).unwrap();
+        assert_eq!(choice.strategy, least.0);
+    }
+
+    #[test]
+    fn figures_that_are_no_numbers_are_refused() {
+        for value in [f64::NAN, 0.0, -1.0] {
+            let machine = MachineModel {
+                bytes_per_second: value,
+                ..MachineModel::default()
+            };
+            let auto = Auto {
+                machine,
+                ..Auto::default()
+            };
+            let refused = auto.choose(&spec(Pattern::full(), 4096, 4, 8));
+            assert!(matches!(refused, Err(SpecError::Machine { .. })));
+        }
     }
 
     #[test]

@@ -48,8 +48,8 @@ pub struct Decoded {
 /// sequence would give at their positions, to rounding. All ranks call it, with the same tokens.
 ///
 /// With the partial results travel the number of positions in the cache, a checksum of the computation, and the caller's
-/// [note](KeyValueCache::note). Ranks whose numbers differ are told so at once; a rank that calls decode less often than the others holds them
-/// up until the deadline.
+/// [note](KeyValueCache::note). Ranks whose numbers differ are told so at once; a rank that calls decode less often than the others, or begins
+/// with a cache of another prompt while they go on with theirs, holds them up until the deadline.
 ///
 /// # Errors
 /// [`enum@Error`]; when one rank fails, every rank of the group gets an error that names it, within the deadline, and the caches are

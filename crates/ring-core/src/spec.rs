@@ -119,6 +119,14 @@ pub enum SpecError {
         /// Why not.
         reason: String,
     },
+    /// A machine that no computation could run on.
+    #[error("{what} of the machine must be a positive number, it is {value}")]
+    Machine {
+        /// Which of its figures.
+        what: &'static str,
+        /// Its value.
+        value: f64,
+    },
     /// A rank outside the group.
     #[error("rank {rank} does not exist among {world_size}")]
     Rank {

@@ -5,10 +5,10 @@ use std::hash::Hasher;
 use burn::tensor::{Int, Tensor};
 use ring_burn::{Fnv1a, KeyValueCache, Ring, RingError};
 
-use crate::{language_model::LongNet, rotary::Rotary};
+use crate::{language_model::LongNet, multihead::tell_others, rotary::Rotary};
 
 /// The keys and values of all blocks of a [`LongNet`], as far as this rank holds them, and a checksum of the tokens decoded so far, by
-/// which ranks that chose different ones find out.
+/// which ranks that chose different ones find out. After an error it is not to be used any more.
 #[derive(Debug, Default)]
 pub struct LongNetCache {
     blocks: Vec<KeyValueCache>,
@@ -48,6 +48,14 @@ impl LongNetCache {
                 self.blocks.len()
             )));
         }
+        if self
+            .blocks
+            .iter()
+            .any(|block| block.length() != self.length())
+        {
+            let message = "a prompt or token failed halfway through the blocks of this cache: start again with a new one";
+            return Err(RingError::Value(message.into()));
+        }
         Ok(&mut self.blocks)
     }
 
@@ -80,10 +88,11 @@ impl LongNet {
         ring: &Ring,
         cache: &mut LongNetCache,
     ) -> Result<Tensor<3>, RingError> {
+        let caches = cache.blocks_of(self);
+        let caches = caches.inspect_err(|error| tell_others(ring, error))?;
         let hidden = self.embedding.forward(tokens);
         let first = self.blocks.first().expect("a model has a block");
         let rotary = first.attention.rotary(ring, &hidden.device())?;
-        let caches = cache.blocks_of(self)?;
         let hidden = self
             .blocks
             .iter()
@@ -129,7 +138,9 @@ impl LongNet {
         cache: &mut LongNetCache,
     ) -> Result<Tensor<3>, RingError> {
         let rotary = self.rotary_of_next(tokens.dims()[1], cache);
-        cache.blocks_of(self)?;
+        cache
+            .blocks_of(self)
+            .inspect_err(|error| tell_others(ring, error))?;
         cache.note(&tokens);
         let hidden = self.embedding.forward(tokens);
         let caches = cache.blocks_of(self)?;

@@ -325,8 +325,8 @@ impl MultiheadDilatedAttention {
         rotary: Option<&Rotary>,
         ring: &Ring,
     ) -> Result<Tensor<3>, RingError> {
-        self.check(&input, ring)?;
-        check_positions(rotary, input.dims()[1])?;
+        self.check(&input, rotary, ring)
+            .inspect_err(|error| tell_others(ring, error))?;
         let [query, key, value] = self.project(input, rotary);
         let on = self.kind.on(ring)?;
         let attended = match &self.attention {
@@ -348,8 +348,8 @@ impl MultiheadDilatedAttention {
         ring: &Ring,
         cache: &mut KeyValueCache,
     ) -> Result<Tensor<3>, RingError> {
-        self.check(&input, ring)?;
-        check_positions(rotary, input.dims()[1])?;
+        self.check(&input, rotary, ring)
+            .inspect_err(|error| tell_others(ring, error))?;
         let [query, key, value] = self.project(input, rotary);
         let on = self.kind.on(ring)?;
         let attended = match &self.attention {
@@ -376,19 +376,8 @@ impl MultiheadDilatedAttention {
         ring: &Ring,
         cache: &mut KeyValueCache,
     ) -> Result<Tensor<3>, RingError> {
-        let embed_dim = self.num_heads * self.head_dim;
-        if input.dims()[2] != embed_dim {
-            return Err(RingError::Shape {
-                what: "the input",
-                got: input.dims().to_vec(),
-                expected: format!("[batch, tokens, {embed_dim}]"),
-            });
-        }
-        if self.grid.is_some() {
-            let message = "tokens after those of a grid have no cell: it cannot be decoded further";
-            return Err(RingError::Value(message.into()));
-        }
-        check_positions(rotary, input.dims()[1])?;
+        self.check_next(&input, rotary)
+            .inspect_err(|error| tell_others(ring, error))?;
         let [query, key, value] = self.project(input, rotary);
         let attended = match &self.attention {
             Attention::Full(attention) => attention.try_decode(query, key, value, ring, cache)?,
@@ -428,7 +417,29 @@ impl MultiheadDilatedAttention {
         })
     }
 
-    fn check(&self, input: &Tensor<3>, ring: &Ring) -> Result<(), RingError> {
+    /// Whether these are vectors of the next tokens.
+    fn check_next(&self, input: &Tensor<3>, rotary: Option<&Rotary>) -> Result<(), RingError> {
+        let embed_dim = self.num_heads * self.head_dim;
+        if input.dims()[2] != embed_dim {
+            return Err(RingError::Shape {
+                what: "the input",
+                got: input.dims().to_vec(),
+                expected: format!("[batch, tokens, {embed_dim}]"),
+            });
+        }
+        if self.grid.is_some() {
+            let message = "tokens after those of a grid have no cell: it cannot be decoded further";
+            return Err(RingError::Value(message.into()));
+        }
+        check_positions(rotary, input.dims()[1])
+    }
+
+    fn check(
+        &self,
+        input: &Tensor<3>,
+        rotary: Option<&Rotary>,
+        ring: &Ring,
+    ) -> Result<(), RingError> {
         let [_, rows, embed_dim] = input.dims();
         let expected = (ring.shard_len(), self.num_heads * self.head_dim);
         if (rows, embed_dim) != expected {
@@ -454,7 +465,15 @@ impl MultiheadDilatedAttention {
                     .into(),
             ));
         }
-        self.kind.on(ring).map(drop)
+        self.kind.on(ring)?;
+        check_positions(rotary, rows)
+    }
+}
+
+/// Ends the group because this rank cannot go on: the others must not wait for it.
+pub(crate) fn tell_others(ring: &Ring, error: &RingError) {
+    if ring.world_size() > 1 {
+        ring.communicator().abort(&error.to_string());
     }
 }
 

@@ -6,8 +6,8 @@ use burn::{
     module::Module,
     tensor::{Device, Int, Tensor, TensorData},
 };
-use ring_burn::{Communicator, HostBuffer, Loopback, Ring, RingError, Sharding};
-use ring_multihead::{LongNet, LongNetCache, LongNetConfig};
+use ring_burn::{Communicator, HostBuffer, KeyValueCache, Loopback, Ring, RingError, Sharding};
+use ring_multihead::{LongNet, LongNetCache, LongNetConfig, MultiheadDilatedAttentionConfig};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -180,5 +180,46 @@ fn ranks_take_tokens_in_turn() {
             rows.iter().max().unwrap() - rows.iter().min().unwrap() <= 64,
             "{rows:?}"
         );
+    }
+}
+
+/// A block in the middle refuses what the blocks before it have taken.
+#[test]
+fn a_cache_that_was_filled_halfway_is_not_gone_on_with() {
+    let ring = Ring::single(8).unwrap();
+    let (tokens, device) = (tokens(9), Device::flex());
+    let other = MultiheadDilatedAttentionConfig::new(32, 4, vec![16], vec![1]).init(&device);
+    let good = model(&config());
+    let mut bad = good.clone();
+    bad.blocks[1].attention = other; // not causal
+    let mut cache = LongNetCache::new();
+    let prompt = || part(&tokens, &ring.positions());
+    let error = bad.try_prefill(prompt(), &ring, &mut cache).unwrap_err();
+    assert!(error.to_string().contains("must be causal"), "{error}");
+    let error = good.try_decode(part(&tokens, &[8]), &ring, &mut cache);
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("halfway"), "{error}");
+    let error = good.try_prefill(prompt(), &ring, &mut cache);
+    assert!(error.unwrap_err().to_string().contains("halfway"));
+}
+
+/// A rank whose input does not fit ends the decoding of all at once.
+#[test]
+fn an_input_that_one_rank_refuses_is_told_to_all() {
+    let attention = MultiheadDilatedAttentionConfig::new(32, 4, vec![16], vec![1])
+        .with_causal(true)
+        .init(&Device::flex());
+    let results = Loopback::run(3, DEADLINE, |endpoint| {
+        let communicator = Communicator::new(Arc::new(endpoint));
+        let size = if communicator.rank() == 1 { 16 } else { 32 };
+        let ring = ring(communicator, Sharding::Zigzag, 0);
+        let input = Tensor::<3>::zeros([1, 1, size], &Device::flex());
+        let result = attention.try_decode(input, None, &ring, &mut KeyValueCache::new());
+        (result.unwrap_err().to_string(), ring)
+    });
+    // The rings are still there: that a rank has left is not what the others were told.
+    for result in results {
+        let (error, _ring) = result.unwrap();
+        assert!(error.contains("[batch, tokens, 32]"), "{error}");
     }
 }

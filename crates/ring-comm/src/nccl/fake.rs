@@ -297,7 +297,10 @@ impl Device<HostBuffer> for FakeDevice {
                 reason: "out of memory".to_owned(),
             });
         }
-        Ok(host_room_for(expected, memory))
+        host_room_for(expected, memory).map_err(|reason| NcclError::Driver {
+            call: "cuMemAllocAsync",
+            reason,
+        })
     }
 
     fn unique_id(&mut self) -> Result<UniqueId, NcclError> {
