@@ -43,7 +43,10 @@ impl MachineModel {
             ("the bytes per second of copies", self.copy_bytes_per_second),
             ("the number of parallel ranks", self.parallel_ranks),
         ];
-        match figures.into_iter().find(|&(_, value)| !(value > 0.0)) {
+        match figures
+            .into_iter()
+            .find(|&(_, value)| value.is_nan() || value <= 0.0)
+        {
             Some((what, value)) => Err(SpecError::Machine { what, value }),
             None => Ok(()),
         }
@@ -185,16 +188,15 @@ impl Auto {
         let ranks = spec.world_size;
         let looked_at = ranks.min(LOOKED_AT);
         let mut passes = [Slowest::default(), Slowest::default()];
-        let (mut compute, mut busy) = (0.0, 0.0);
+        let mut compute = 0.0;
         let (mut bytes_received, mut hops, mut memory_bytes) = (0, 0, 0);
         for index in 0..looked_at {
             let rank = index * (ranks - 1) / (looked_at - 1).max(1);
             let plan = Plan::new(spec, rank)?;
             let stands_for = stands_for(spec, index, looked_at);
             for (slowest, time) in passes.iter_mut().zip(self.times(&plan)) {
-                slowest.look_at(time);
+                slowest.look_at(time, stands_for);
                 compute += time.compute * stands_for;
-                busy += (time.compute + time.copying) * stands_for;
             }
             let estimate = CommunicationEstimate::new(&plan);
             let mut bytes = estimate.forward_received;
@@ -212,9 +214,9 @@ impl Auto {
         let [forward, backward] = passes;
         let mean = compute / ranks as f64;
         let most = forward.compute + backward.compute;
-        let seconds = forward.seconds + backward.seconds;
+        let cores = self.machine.parallel_ranks;
         Ok(Cost {
-            seconds: seconds.max(busy / self.machine.parallel_ranks),
+            seconds: forward.seconds_on(cores) + backward.seconds_on(cores),
             compute_seconds: most,
             exchange_seconds: forward.exchange + backward.exchange,
             bytes_received,
@@ -329,7 +331,7 @@ impl std::ops::AddAssign for Time {
 }
 
 /// The slowest of the ranks in one pass: those that are faster wait for it before they begin the next one.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Slowest {
     /// Seconds of the slowest rank.
     seconds: f64,
@@ -337,15 +339,33 @@ struct Slowest {
     exchange: f64,
     /// Seconds that the rank with most work computes.
     compute: f64,
+    /// Seconds that ranks keep a core busy, and how many ranks do so.
+    busy: Vec<(f64, f64)>,
 }
 
 impl Slowest {
-    fn look_at(&mut self, time: Time) {
+    fn look_at(&mut self, time: Time, stands_for: f64) {
         if time.seconds > self.seconds {
             self.seconds = time.seconds;
             self.exchange = time.seconds - time.compute;
         }
         self.compute = self.compute.max(time.compute);
+        self.busy.push((time.compute + time.copying, stands_for));
+    }
+
+    /// Seconds until the last rank is done, if no more of them than there are `cores` get ahead at full speed.
+    fn seconds_on(&self, cores: f64) -> f64 {
+        let mut busy = self.busy.clone();
+        busy.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let mut at_work: f64 = busy.iter().map(|(_, ranks)| ranks).sum();
+        let (mut seconds, mut done) = (0.0, 0.0);
+        for (work, ranks) in busy {
+            // Those that are at work share the cores evenly, until the one with least left is done.
+            seconds += (work - done) * (at_work / cores).max(1.0);
+            done = work;
+            at_work -= ranks;
+        }
+        self.seconds.max(seconds)
     }
 }
 
@@ -545,6 +565,24 @@ mod tests {
         let least = choice.candidates.iter();
         let least = least.min_by_key(|(_, cost)| cost.memory_bytes).unwrap();
         assert_eq!(choice.strategy, least.0);
+    }
+
+    #[test]
+    fn ranks_that_share_cores_hold_each_other_up() {
+        let mut pass = Slowest::default();
+        for compute in [7.0, 1.0, 5.0, 3.0] {
+            let seconds = compute;
+            let time = Time {
+                seconds,
+                compute,
+                ..Time::default()
+            };
+            pass.look_at(time, 1.0);
+        }
+        assert_eq!(pass.seconds_on(4.0), 7.0);
+        // Until all have 1: 2 s; until three more have 3: 3 s; then two at full speed to 5, and one to 7.
+        assert_eq!(pass.seconds_on(2.0), 9.0);
+        assert_eq!(pass.seconds_on(1.0), 16.0);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use ring_comm::{
 };
 use ring_kernels::{
     BackwardInputs, Block, HeadBlocks, HeadRows, KernelError, Kernels, KeyValue, KeyValueGradient,
-    Mask, PackedRows, Problem, Rows, Scores, Tensor,
+    Mask, PackedRows, Problem, Rows, Scores, Tensor, TensorShape,
 };
 
 use super::MachineModel;
@@ -22,6 +22,11 @@ const HEAD_DIM: usize = 64;
 const MESSAGE: usize = 1 << 20;
 /// Of so many times the best counts: others have been disturbed.
 const REPEATS: usize = 3;
+/// Repetitions when all ranks compute at the same time, which is meant to disturb them: long enough for the system to share out its
+/// cores, and the mean counts.
+const REPEATS_TOGETHER: usize = 16;
+/// Rows whose copying is measured: more than caches hold.
+const COPIED_ROWS: usize = 16 * ROWS;
 
 impl MachineModel {
     /// Measures this machine with its kernels and its network, which takes about a tenth of a second. All ranks must call it, and
@@ -51,7 +56,7 @@ impl MachineModel {
             })
         };
         barrier(communicator).map_err(fails)?;
-        let together = told(measured.times())?;
+        let together = told(measured.together())?;
         barrier(communicator).map_err(fails)?;
         let mut alone = Times::default();
         if communicator.rank() == 0 {
@@ -64,7 +69,7 @@ impl MachineModel {
             alone.forward * ranks,
             alone.backward * ranks,
             alone.copy * ranks,
-            together.forward,
+            together.forward + together.backward,
             exchange.0,
             exchange.1,
         ];
@@ -75,8 +80,8 @@ impl MachineModel {
         Ok(Self {
             forward_pair_seconds: mean(0) / pairs,
             backward_pair_seconds: mean(1) / pairs,
-            copy_bytes_per_second: (2 * ROWS * HEAD_DIM * size_of::<f32>()) as f64 / mean(2),
-            parallel_ranks: (ranks * mean(0) / mean(3)).clamp(1.0, ranks),
+            copy_bytes_per_second: (COPIED_ROWS * HEAD_DIM * size_of::<f32>()) as f64 / mean(2),
+            parallel_ranks: (ranks * (mean(0) + mean(1)) / mean(3)).clamp(1.0, ranks),
             latency_seconds: mean(4),
             bytes_per_second: bytes / mean(5),
         })
@@ -141,8 +146,8 @@ impl<'a, K: Kernels<HostBuffer>> Measured<'a, K> {
             scores: Scores::default(),
         };
         let block = Block {
-            queries: all_rows(),
-            keys: all_rows(),
+            queries: rows_of(ROWS),
+            keys: rows_of(ROWS),
             branch: 0,
         };
         Self {
@@ -158,6 +163,17 @@ impl<'a, K: Kernels<HostBuffer>> Measured<'a, K> {
         }
     }
 
+    /// The mean of more calls.
+    fn together(&self) -> Result<Times, KernelError> {
+        let mut mean = Times::default();
+        for _ in 0..REPEATS_TOGETHER {
+            let times = self.passes()?;
+            mean.forward += times.forward / REPEATS_TOGETHER as f64;
+            mean.backward += times.backward / REPEATS_TOGETHER as f64;
+        }
+        Ok(mean)
+    }
+
     /// The best of some calls, after one that does not count.
     fn times(&self) -> Result<Times, KernelError> {
         let mut best = self.once()?;
@@ -170,7 +186,8 @@ impl<'a, K: Kernels<HostBuffer>> Measured<'a, K> {
         Ok(best)
     }
 
-    fn once(&self) -> Result<Times, KernelError> {
+    /// One forward and one backward pass.
+    fn passes(&self) -> Result<Times, KernelError> {
         let Self {
             kernels,
             problem,
@@ -209,24 +226,42 @@ impl<'a, K: Kernels<HostBuffer>> Measured<'a, K> {
         kernels.backward(problem, &inputs, &own, blocks, 1.0, &mut query, target)?;
         let backward = began.elapsed().as_secs_f64();
 
-        let heads = vec![0];
-        let runs = vec![all_rows()];
-        let rows = PackedRows::new(shape, vec![HeadRows { heads, runs }], 2);
-        let began = Instant::now();
-        kernels.pack(shape, &[tensor, tensor], &rows, None)?;
         Ok(Times {
             forward,
             backward,
+            copy: 0.0,
+        })
+    }
+
+    /// Those, and rows copied into a message, whose memory is new as that of most messages of divided heads.
+    fn once(&self) -> Result<Times, KernelError> {
+        let times = self.passes()?;
+        let shape = TensorShape {
+            rows: COPIED_ROWS,
+            ..self.problem.key_shape()
+        };
+        let rows = self.kernels.allocate(DType::F32, shape.elements(), None)?;
+        let layout = shape.contiguous();
+        let tensor = Tensor {
+            data: rows.view(),
+            layout: &layout,
+        };
+        let (heads, runs) = (vec![0], vec![rows_of(COPIED_ROWS)]);
+        let packed = PackedRows::new(shape, vec![HeadRows { heads, runs }], 1);
+        let began = Instant::now();
+        self.kernels.pack(shape, &[tensor], &packed, None)?;
+        Ok(Times {
             copy: began.elapsed().as_secs_f64(),
+            ..times
         })
     }
 }
 
-fn all_rows() -> Rows {
+fn rows_of(count: usize) -> Rows {
     Rows {
         first_row: 0,
         row_step: 1,
-        count: ROWS,
+        count,
         first_position: 0,
         position_step: 1,
     }
