@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     estimate::CommunicationEstimate,
     memory::MemoryEstimate,
-    plan::{Exchange, Plan, Step},
+    plan::{Plan, Step},
     spec::{AttentionSpec, SpecError},
     strategy::Strategy,
 };
@@ -258,7 +258,7 @@ impl Auto {
         let all_at_once = plan.lookahead() > 1;
         let mut ahead: f64 = 0.0;
         for exchange in exchanges {
-            let (received, sent) = hop_bytes(plan, exchange, backward);
+            let (received, sent) = CommunicationEstimate::of_hop(plan, exchange, backward);
             time.copying += sent as f64 / machine.copy_bytes_per_second;
             if all_at_once {
                 ahead += received as f64 / machine.bytes_per_second;
@@ -273,7 +273,7 @@ impl Auto {
                 _ if all_at_once => std::mem::take(&mut ahead),
                 None => 0.0,
                 Some(exchange) => {
-                    let (received, _) = hop_bytes(plan, exchange, backward);
+                    let (received, _) = CommunicationEstimate::of_hop(plan, exchange, backward);
                     machine.latency_seconds + received as f64 / machine.bytes_per_second
                 }
             };
@@ -377,11 +377,6 @@ fn stands_for(spec: &AttentionSpec, index: usize, looked_at: usize) -> f64 {
         (Strategy::OneRank, _) => (ranks - 1.0) / (looked_at as f64 - 1.0),
         _ => ranks / looked_at as f64,
     }
-}
-
-/// Bytes that a rank receives and sends in a hop, with the gradients that go home because of it.
-fn hop_bytes(plan: &Plan, exchange: &Exchange, backward: bool) -> (u64, u64) {
-    CommunicationEstimate::of_hop(plan, exchange, backward)
 }
 
 /// Why the best candidate is the best.

@@ -192,8 +192,9 @@ fn self_attention_refuses_a_ring_for_cross_attention() {
         .unwrap();
 }
 
-/// Output and gradient of the input of one layer of a kind, whole, computed on so many ranks.
-fn of_kind(kind: AttentionKind, ranks: usize) -> Vec<f32> {
+/// Output and gradient of the input of one layer of a kind, whole, computed on so many ranks, and the bytes that they received
+/// together.
+fn of_kind(kind: AttentionKind, ranks: usize) -> (Vec<f32>, u64) {
     let device = Device::flex().autodiff();
     let config = MultiheadDilatedAttentionConfig::new(24, 4, vec![8, 40], vec![1, 2])
         .with_causal(true)
@@ -228,18 +229,21 @@ fn of_kind(kind: AttentionKind, ranks: usize) -> Vec<f32> {
             ring.positions(),
             numbers(output.inner()),
             numbers(own.grad(&gradients).unwrap()),
+            ring.communicator().traffic().bytes_received,
         )
     });
     let mut whole = vec![f32::NAN; 2 * 40 * 24];
+    let mut received = 0;
     for part in parts {
-        let (positions, output, gradient) = part.unwrap();
+        let (positions, output, gradient, bytes) = part.unwrap();
+        received += bytes;
         for (row, position) in positions.into_iter().enumerate() {
             let own = row * 24..(row + 1) * 24;
             whole[position * 24..][..24].copy_from_slice(&output[own.clone()]);
             whole[(40 + position) * 24..][..24].copy_from_slice(&gradient[own]);
         }
     }
-    whole
+    (whole, received)
 }
 
 /// Sets every parameter to numbers that follow from its size alone.
@@ -260,26 +264,34 @@ impl ModuleMapper for Deterministic {
 
 #[test]
 fn kinds_give_the_same_numbers_on_any_number_of_ranks() {
-    let expected = of_kind(AttentionKind::Standard, 1);
+    let (expected, _) = of_kind(AttentionKind::Standard, 1);
+    let mut received = Vec::new();
     for (kind, ranks) in [
         ("auto", 4),
         ("auto", 1),
-        ("ring", 3),
-        ("ring-query", 3),
-        ("all-gather", 3),
+        ("ring", 4),
+        ("ring-query", 4),
+        ("all-gather", 4),
         ("head-parallel", 4),
         ("mesh:2", 4),
         ("production", 2),
     ] {
-        let got = of_kind(kind.parse().unwrap(), ranks);
+        let (got, bytes) = of_kind(kind.parse().unwrap(), ranks);
+        received.push(bytes);
         for (got, expected) in got.iter().zip(&expected) {
             assert!((got - expected).abs() < 1e-5, "{kind} on {ranks} ranks");
         }
     }
+    // They do differ: in what travels, on four ranks.
+    for (index, bytes) in received[2..7].iter().enumerate() {
+        assert!(!received[2..7][..index].contains(bytes), "{received:?}");
+    }
+    // So short a sequence is left to one rank: as much travels as if heads were divided, but all of it to that one and back.
+    assert_eq!(received[0], received[5], "{received:?}");
     // Other positions, other numbers; but the same on any number of ranks.
-    let on_one = of_kind(AttentionKind::Hilbert, 1);
+    let (on_one, _) = of_kind(AttentionKind::Hilbert, 1);
     assert_ne!(on_one, expected);
-    for (got, expected) in of_kind(AttentionKind::Hilbert, 3).iter().zip(&on_one) {
+    for (got, expected) in of_kind(AttentionKind::Hilbert, 3).0.iter().zip(&on_one) {
         assert!((got - expected).abs() < 1e-5);
     }
 }
