@@ -2,7 +2,7 @@
 
 mod small_training;
 
-use std::fs;
+use std::{fs, process::Command};
 
 use small_training::{SMALL, assert_agree, losses, train, workplace};
 
@@ -43,6 +43,21 @@ fn losses_do_not_depend_on_how_attention_is_divided() {
     for strategy in ["ring-query", "head-parallel", "all-gather", "auto"] {
         assert_agree(&run(strategy), &expected);
     }
+    // It does reach the attention: outputs travel only if heads are divided.
+    let travels = |strategy: &str| {
+        let extra = ["--steps=1", "--ranks=2", "--strategy", strategy];
+        let status = Command::new(env!("CARGO_BIN_EXE_train"))
+            .current_dir(directory.path())
+            .env("RING_TRACE", "trace.json")
+            .args(SMALL)
+            .args(extra)
+            .args(["--artifacts", &format!("traced-{strategy}")])
+            .status();
+        assert!(status.unwrap().success());
+        fs::read_to_string(directory.path().join("trace.json")).unwrap()
+    };
+    assert!(travels("head-parallel").contains("send outputs"));
+    assert!(!travels("ring").contains("send outputs"));
 }
 
 /// The same batch on one group and divided among several, evenly or not, with dropout.
